@@ -1,0 +1,767 @@
+"""A layer linear in its input, as a system of linear equations that is never written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp
+
+from . import checks
+from .errors import InvalidTensorError, UnsupportedLayerError
+
+DENSE_UNKNOWNS = 512  # below this an SVD is cheaper than one doubt about the rank
+RANK_TOLERANCE = 1e-10  # singular values below this share of the largest count as zero
+SINGLE_TOLERANCE = 3e-5  # what float32 conjugate gradients reach without stagnating
+DYE = 1e5  # size of the random start, against the answer's: hides nothing, costs few iterations
+TRACE = 1e-4  # share of the dye's size under which what is left of it is no dye
+ROUNDING = 2e-15  # normal-equation residual, relative, at which float64 has nothing left to give
+
+Progress = Callable[[int, float], None]
+
+
+class Operator(Protocol):
+    """The two sets of equations as one linear map and its adjoint."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight rows and gradient rows of ``x``."""
+        ...
+
+    def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
+        """Both kinds of rows, pulled back to the input."""
+        ...
+
+    def to(self, dtype: torch.dtype) -> Operator:
+        """Return the same map in another precision."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConvolutionOperator:
+    """Direct calls for a convolution: both sets of equations are convolutions themselves."""
+
+    weight: Tensor
+    k: Tensor
+    template: Tensor
+    geometry: tuple[list[int], list[int], list[int], int]
+
+    def _backward(self, k: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
+        stride, padding, dilation, groups = self.geometry
+        none = [0] * len(stride)
+        return list(
+            torch.ops.aten.convolution_backward(
+                k, x, weight, None, stride, padding, dilation, False, none, groups, mask
+            )
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight rows and gradient rows of ``x``."""
+        stride, padding, dilation, groups = self.geometry
+        rows = torch.ops.aten.convolution(
+            x, self.weight, None, stride, padding, dilation, False, [0] * len(stride), groups
+        )
+        return rows, self._backward(self.k, x, self.weight, [False, True, False])[1]
+
+    def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
+        """Both kinds of rows, pulled back to the input."""
+        wanted = [True, False, False]
+        from_rows = self._backward(rows, self.template, self.weight, wanted)[0]
+        return from_rows + self._backward(self.k, self.template, gradient_rows, wanted)[0]
+
+    def to(self, dtype: torch.dtype) -> ConvolutionOperator:
+        """Return the same map in another precision."""
+        return replace(
+            self,
+            weight=self.weight.to(dtype),
+            k=self.k.to(dtype),
+            template=self.template.to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """Direct calls for a dense layer on vectors."""
+
+    weight: Tensor
+    k: Tensor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight rows and gradient rows of ``x``."""
+        return x @ self.weight.T, self.k.T @ x
+
+    def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
+        """Both kinds of rows, pulled back to the input."""
+        return rows @ self.weight + self.k @ gradient_rows
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """Return the same map in another precision."""
+        return LinearOperator(self.weight.to(dtype), self.k.to(dtype))
+
+
+class ModuleOperator:
+    """Any module affine in its input: the adjoints come from automatic differentiation."""
+
+    def __init__(self, module: nn.Module, k: Tensor, input_shape: tuple[int, ...]) -> None:
+        self.module, self.k = module, k
+        self.zero = k.new_zeros(k.shape[0], *input_shape)
+        everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.constants = {
+            name: value.detach().to(k.dtype) if value.is_floating_point() else value
+            for name, value in everything.items()
+        }
+        self.weights = {name: self.constants[name] for name in weight_names(module)}
+        self.offset = self._call(self.weights, self.zero)
+        self.gradient_offset = self._weight_pull(self.zero)
+
+    def _call(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = functional_call(self.module, {**self.constants, **weights}, (x,))
+        return output
+
+    def _weight_pull(self, x: Tensor) -> Tensor:
+        if not self.weights:
+            return self.k.new_zeros(0)
+        pull = vjp(lambda weights: self._call(weights, x), self.weights)[1]
+        return pack(pull(self.k)[0])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight rows and gradient rows of ``x``."""
+        rows = self._call(self.weights, x) - self.offset
+        return rows, self._weight_pull(x) - self.gradient_offset
+
+    def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
+        """Both kinds of rows, pulled back to the input."""
+        pull = vjp(lambda x: self._call(self.weights, x), self.zero)[1]
+        from_rows: Tensor = pull(rows)[0]
+        if not self.weights:
+            return from_rows
+        direction = unpack(gradient_rows, self.weights)
+
+        def slope(x: Tensor) -> Tensor:  # d<k, f(W + t·g, x)>/dt: affine in x like f itself
+            tangent = jvp(lambda weights: self._call(weights, x), (self.weights,), (direction,))[1]
+            total: Tensor = (self.k * tangent).sum()
+            return total
+
+        from_gradient: Tensor = grad(slope)(self.zero)
+        return from_rows + from_gradient
+
+    def to(self, dtype: torch.dtype) -> ModuleOperator:
+        """Return the same map in another precision."""
+        return ModuleOperator(self.module, self.k.to(dtype), tuple(self.zero.shape[1:]))
+
+
+def weight_names(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient depends on the input: every one but the biases."""
+    return [name for name, _ in module.named_parameters() if name.split(".")[-1] != "bias"]
+
+
+def pack(gradients: Mapping[str, Tensor]) -> Tensor:
+    """One tensor for a module's weight gradients: as it is for one weight, else end to end."""
+    tensors = list(gradients.values())
+    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo :func:`pack` for weights shaped as in ``like``."""
+    parts = torch.split(packed.reshape(-1), [t.numel() for t in like.values()])
+    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
+def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int] | None:
+    # A subclass may have a forward pass of its own (weight norm, for one): exact types only.
+    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return None
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if module.padding_mode != "zeros":
+        return None
+    spans = [d * (s - 1) for d, s in zip(module.dilation, module.kernel_size, strict=True)]
+    if module.padding == "same":
+        if any(span % 2 for span in spans):  # padded on one side only: left to the module itself
+            return None
+        padding = [span // 2 for span in spans]
+    else:
+        padding = (
+            [0] * len(spans) if module.padding == "valid" else [int(p) for p in module.padding]
+        )
+    return list(module.stride), padding, list(module.dilation), module.groups
+
+
+def operator(module: nn.Module, k: Tensor, input_shape: tuple[int, ...]) -> Operator:
+    """Both sets of equations of ``module`` as a linear map, by the fastest calls that serve it."""
+    geometry = _geometry(module)
+    if geometry is not None:
+        template = k.new_zeros(k.shape[0], *input_shape)
+        assert isinstance(module.weight, Tensor)
+        return ConvolutionOperator(module.weight.detach().to(k.dtype), k, template, geometry)
+    if type(module) is nn.Linear and len(input_shape) == 1:
+        return LinearOperator(module.weight.detach().to(k.dtype), k)
+    return ModuleOperator(module, k, input_shape)
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """What solving one layer's equations gave, and whether it may be believed.
+
+    Attributes
+    ----------
+    inputs : Tensor
+        The least-squares answer, float64, ``(N, *input_shape)``; of least norm (to 1e-6) where
+        the equations leave part of it open.
+    residual : float
+        Norm of what the answer leaves unexplained, relative to the right-hand side, with the
+        row scaling of :eq:`row-scaling`. Small is necessary, not sufficient.
+    iterations : int
+        Applications of the system and its adjoint; 0 where a dense factorisation was cheaper.
+    full_rank : bool
+        Whether the equations determine every entry of the input.
+    undetermined : float
+        Share of the input space that they leave open: exact for small systems, else estimated
+        from what is left of a random start.
+    smallest_singular_value, largest_singular_value : float
+        Of the row-scaled system, over the determined part; Ritz estimates where matrix-free.
+    converged : bool
+        Whether the iteration reached rounding level before its cap.
+    """
+
+    inputs: Tensor
+    residual: float
+    iterations: int
+    full_rank: bool
+    undetermined: float
+    smallest_singular_value: float
+    largest_singular_value: float
+    converged: bool = True
+
+
+class LayerSystem:
+    r""":math:`W x = z - b,\; w_k K x = w_k\,\partial L/\partial W`.
+
+    All that a server knows of the input ``x`` of a layer ``z = W·x + b``: the *weight
+    constraints* ``W·x = z − b`` and the *gradient constraints* ``K x = ∂L/∂W``, where
+    ``K x = Σ_p k_p ⊗ patch_p(x)`` and ``k = ∂L/∂z``. For a batch each sample keeps its own
+    weight constraints, and all share the summed gradient constraints.
+    Implements :eq:`weight-constraints`, :eq:`gradient-constraints`, :eq:`row-scaling` and
+    :eq:`masked-rows`.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Affine in its input: linear, convolution (any stride, padding, dilation, groups),
+        average pooling, batch norm in eval mode, or a sequence of such.
+    output_gradient : Tensor
+        ``k``, shape ``(N, *output_shape)`` or ``output_shape`` for one sample.
+    input_shape : tuple of int
+        Shape of one input, without the batch dimension.
+    row_mask : Tensor, optional
+        Shaped as ``output_gradient``: 0 leaves a weight constraint out, 1 keeps it; values
+        between weigh it.
+    gradient_mask : Tensor, optional
+        Shaped as the weight, likewise for the gradient constraints.
+    constraints : {"both", "weight", "gradient"}
+        Which set to use; one alone for study ("gradient" is what R-CONV solves).
+
+    Raises
+    ------
+    InvalidTensorError
+        If a tensor has the wrong shape or type or holds NaN or infinite entries.
+    UnsupportedLayerError
+        If the module is not affine in its input.
+
+    Notes
+    -----
+    Source: Zhu and Blaschko (2021) for the equations; masks, row scaling and the matrix-free
+    form are this project's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        output_gradient: Tensor,
+        input_shape: tuple[int, ...],
+        row_mask: Tensor | None = None,
+        gradient_mask: Tensor | None = None,
+        *,
+        constraints: str = "both",
+    ) -> None:
+        if constraints not in ("both", "weight", "gradient"):
+            raise ValueError(f'constraints is "both", "weight" or "gradient", not {constraints!r}.')
+        k = checks.finite(output_gradient, "output_gradient")
+        self.input_shape = tuple(input_shape)
+        output_shape, self.offset = _affine(module, self.input_shape, k)
+        k = k.unsqueeze(0) if k.shape == output_shape else k
+        if k.shape[1:] != output_shape:
+            raise InvalidTensorError(
+                f"output_gradient has shape {tuple(k.shape)}, but the layer turns "
+                f"{self.input_shape} into {tuple(output_shape)}: expected "
+                f"({', '.join(['N', *map(str, output_shape)])})."
+            )
+        self.module, self.k, self.constraints = module, k, constraints
+        self.operator = operator(module, k, self.input_shape)
+        parameters = dict(module.named_parameters())
+        shapes = {name: parameters[name].detach() for name in weight_names(module)}
+        self.gradient_shape = pack(shapes).shape if shapes else torch.Size([0])
+        self.row_mask = self._mask(row_mask, k.shape, "row_mask", constraints != "gradient")
+        self.gradient_mask = self._mask(
+            gradient_mask, self.gradient_shape, "gradient_mask", constraints != "weight"
+        )
+        self.gradient_scale = _row_scale(self.operator, shapes, k, self.input_shape)
+
+    def _mask(self, mask: Tensor | None, shape: torch.Size, name: str, used: bool) -> Tensor | None:
+        if not used:
+            return self.k.new_zeros(shape)
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            mask = mask.to(torch.float64)
+        mask = mask.unsqueeze(0) if mask.shape == shape[1:] and name == "row_mask" else mask
+        return checks.shaped(mask, name, tuple(shape))
+
+    @property
+    def unknowns(self) -> int:
+        """Number of unknowns: entries of the input, over all samples."""
+        return self.k.shape[0] * math.prod(self.input_shape)
+
+    @property
+    def weight_equations(self) -> int:
+        """Number of weight constraints that the mask leaves."""
+        return self.k.numel() if self.row_mask is None else int((self.row_mask != 0).sum())
+
+    @property
+    def gradient_equations(self) -> int:
+        """Number of gradient constraints that the mask leaves."""
+        full = self.gradient_shape.numel()
+        return full if self.gradient_mask is None else int((self.gradient_mask != 0).sum())
+
+    def matvec(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`x \mapsto (W x,\; K x)`, both masked, neither scaled.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``(N, *input_shape)``, float64.
+
+        Returns
+        -------
+        tuple of Tensor
+            Rows ``(N, *output_shape)`` and gradient rows shaped as the weight.
+        """
+        rows, gradient_rows = self.operator.forward(x)
+        return _times(self.row_mask, rows), _times(self.gradient_mask, gradient_rows)
+
+    def rmatvec(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
+        r""":math:`(r, g) \mapsto W^\top r + K^\top g`, the adjoint of :meth:`matvec`.
+
+        Parameters
+        ----------
+        rows, gradient_rows : Tensor
+            Shaped as :meth:`matvec` returns them.
+
+        Returns
+        -------
+        Tensor
+            ``(N, *input_shape)``.
+        """
+        return self.operator.adjoint(
+            _times(self.row_mask, rows), _times(self.gradient_mask, gradient_rows)
+        )
+
+    def to_dense(self, scaled: bool = False) -> Tensor:
+        """Matrix of :meth:`matvec`, ``(equations, unknowns)``; for small systems and for tests.
+
+        Parameters
+        ----------
+        scaled : bool
+            Whether gradient rows carry the weight of :eq:`row-scaling`.
+        """
+        scale = self.gradient_scale if scaled else 1.0
+        identity = torch.eye(self.unknowns, dtype=torch.float64, device=self.k.device)
+        columns = []
+        for unit in identity:
+            rows, gradient_rows = self.matvec(unit.reshape(self.k.shape[0], *self.input_shape))
+            columns.append(torch.cat([rows.reshape(-1), scale * gradient_rows.reshape(-1)]))
+        return torch.stack(columns, dim=1)
+
+    def right_hand_side(self, outputs: Tensor | None, weight_gradient: Tensor | None) -> Rows:
+        """Masked and scaled right-hand side from ``z`` and ``∂L/∂W``; zero for one not given."""
+        z = self.k.new_zeros(self.k.shape)
+        if outputs is not None and self.constraints != "gradient":
+            given = _given(outputs, "outputs", self.k.shape, self.row_mask)
+            z = _times(self.row_mask, given - self.offset)
+        g = self.k.new_zeros(self.gradient_shape)
+        if weight_gradient is not None and self.constraints != "weight" and g.numel():
+            given = _given(weight_gradient, "weight_gradient", g.shape, self.gradient_mask)
+            g = _times(self.gradient_mask, given - self._gradient_offset())
+        return Rows(z, self.gradient_scale * g)
+
+    def _gradient_offset(self) -> Tensor | float:
+        known = isinstance(self.operator, ModuleOperator)
+        return self.operator.gradient_offset if known else 0.0  # type: ignore[attr-defined]
+
+    def solve(
+        self,
+        outputs: Tensor | None,
+        weight_gradient: Tensor | None,
+        *,
+        max_iterations: int | None = None,
+        progress: Progress | None = None,
+        generator: torch.Generator | None = None,
+        dense: bool | None = None,
+    ) -> LayerSolution:
+        r""":math:`\hat x = \arg\min_x \lVert Wx - z + b\rVert^2 + w_k^2\lVert Kx - G\rVert^2`.
+
+        ``G`` is the weight gradient ``∂L/∂W``.
+        Small systems by SVD; larger ones by conjugate gradients on the normal equations
+        (:eq:`normal-equations`), in float32 with float64 corrections, from a random start:
+        what the equations do not determine keeps the colour of the start, and so gives
+        itself away.
+
+        Parameters
+        ----------
+        outputs : Tensor or None
+            ``z`` (bias included), shaped as the output gradient; entries under a zero mask are
+            ignored. None only where ``constraints="gradient"``.
+        weight_gradient : Tensor or None
+            ``∂L/∂W``, shaped as the weight, likewise; several weights as :func:`pack` joins
+            them. None where the module has no weight or ``constraints="weight"``.
+        max_iterations : int, optional
+            Cap over all rounds; by default ``10 000 + 4 √unknowns``.
+        progress : callable, optional
+            Called with iterations done and the normal-equation residual.
+        generator : torch.Generator, optional
+            Of the random start; a fixed one by default.
+        dense : bool, optional
+            Force or forbid the SVD; by default it serves up to 512 unknowns.
+
+        Returns
+        -------
+        LayerSolution
+
+        Raises
+        ------
+        InvalidTensorError
+            If a right-hand side has the wrong shape or holds NaN or infinite entries.
+        """
+        needed = {
+            "outputs": outputs is not None or self.constraints == "gradient",
+            "weight_gradient": weight_gradient is not None
+            or self.constraints == "weight"
+            or not self.gradient_shape.numel(),
+        }
+        if missing := [name for name, there in needed.items() if not there]:
+            raise InvalidTensorError(
+                f"{missing[0]} is None, but its equations are in the system; to solve without "
+                'them, build it with constraints="weight" or "gradient".'
+            )
+        b = self.right_hand_side(outputs, weight_gradient)
+        if dense if dense is not None else self.unknowns <= DENSE_UNKNOWNS:
+            return self._solve_dense(b)
+        cap = max_iterations or 10_000 + 4 * math.isqrt(self.unknowns)
+        return solve_iteratively(self, b, cap, progress, generator)
+
+    def _solve_dense(self, b: Rows) -> LayerSolution:
+        A = self.to_dense(scaled=True)
+        rhs = b.flat()
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        largest = float(S[0])
+        rank = int((largest * RANK_TOLERANCE < S).sum()) if largest > 0 else 0
+        inverse = (Vh[:rank].T / S[:rank]) @ U[:, :rank].T
+        x = inverse @ rhs
+        x = x + inverse @ (rhs - A @ x)  # one refinement: the SVD's own rounding
+        shape = (self.k.shape[0], *self.input_shape)
+        return LayerSolution(
+            inputs=x.reshape(shape),
+            residual=_ratio(float((rhs - A @ x).norm()), float(rhs.norm())),
+            iterations=0,
+            full_rank=rank == self.unknowns,
+            undetermined=1 - rank / self.unknowns,
+            smallest_singular_value=float(S[rank - 1]) if rank else 0.0,
+            largest_singular_value=largest,
+        )
+
+
+@dataclass
+class Rows:
+    """Right-hand side or residual: weight rows, and gradient rows already scaled."""
+
+    z: Tensor
+    g: Tensor
+
+    def minus(self, other: Rows, step: float) -> None:
+        """Take ``step`` times ``other`` away, in place."""
+        self.z.sub_(other.z, alpha=step)
+        self.g.sub_(other.g, alpha=step)
+
+    def squared_norm(self) -> float:
+        """Sum of squares, added up in float64."""
+        total = self.z.double().square().sum() + self.g.double().square().sum()
+        return float(total)
+
+    def flat(self) -> Tensor:
+        """All rows end to end, as :meth:`LayerSystem.to_dense` orders them."""
+        return torch.cat([self.z.reshape(-1), self.g.reshape(-1)])
+
+    def to(self, dtype: torch.dtype, factor: float) -> Rows:
+        """Return the rows times ``factor`` in another precision."""
+        return Rows((self.z * factor).to(dtype), (self.g * factor).to(dtype))
+
+
+class ScaledSystem:
+    """The masked system with its row scaling, in one precision."""
+
+    def __init__(self, system: LayerSystem, dtype: torch.dtype) -> None:
+        self.operator = system.operator.to(dtype)
+        self.scale = system.gradient_scale
+        self.row_mask = None if system.row_mask is None else system.row_mask.to(dtype)
+        mask = system.gradient_mask
+        self.gradient_mask = None if mask is None else mask.to(dtype)
+
+    def forward(self, x: Tensor) -> Rows:
+        """Masked and scaled rows of ``x``."""
+        z, g = self.operator.forward(x)
+        return Rows(_times(self.row_mask, z), _times(self.gradient_mask, g) * self.scale)
+
+    def adjoint(self, r: Rows) -> Tensor:
+        """Masked and scaled rows, pulled back to the input."""
+        g = _times(self.gradient_mask, r.g) * self.scale
+        return self.operator.adjoint(_times(self.row_mask, r.z), g)
+
+
+@dataclass
+class _Round:
+    x: Tensor
+    iterations: int
+    alphas: list[float]
+    betas: list[float]
+
+
+def cgls(
+    system: ScaledSystem,
+    b: Rows,
+    tolerance: float,
+    cap: int,
+    progress: Progress | None = None,
+) -> _Round:
+    r""":math:`A^\top A\,x = A^\top b` by conjugate gradients, from zero.
+
+    ``AᵀA`` is never formed. It ends at ``tolerance``, or where ``Aᵀr`` is no more than the
+    rounding of what no ``x`` explains. ``b`` is used up as the residual.
+    Implements :eq:`normal-equations`.
+
+    Parameters
+    ----------
+    system : ScaledSystem
+        ``A`` and its adjoint.
+    b : Rows
+        Right-hand side, in the system's precision.
+    tolerance : float
+        Norm of the normal equations' residual, relative to the first, at which to stop.
+    cap : int
+        Most iterations.
+    progress : callable, optional
+        Called with iterations done and that residual.
+    """
+    s = system.adjoint(b)
+    x, p = torch.zeros_like(s), s.clone()
+    gamma = first = float(s.double().square().sum())
+    alphas: list[float] = []
+    betas: list[float] = []
+    eps = torch.finfo(s.dtype).eps
+    rest, length, gain = b.squared_norm(), gamma, 0.0  # |r|², |p|², largest |Ap|²/|p|²
+    while len(alphas) < cap and gamma > tolerance**2 * first and gamma > eps**2 * gain * rest:
+        q = system.forward(p)
+        curvature = q.squared_norm()
+        if curvature <= 0 or not math.isfinite(curvature):
+            break
+        alpha = gamma / curvature
+        gain, rest = max(gain, curvature / length), max(rest - alpha * gamma, 0.0)
+        x.add_(p, alpha=alpha)
+        b.minus(q, alpha)
+        s = system.adjoint(b)
+        gamma, previous = float(s.double().square().sum()), gamma
+        alphas.append(alpha)
+        betas.append(gamma / previous)
+        length = gamma + betas[-1] ** 2 * length
+        p.mul_(betas[-1]).add_(s)
+        if progress is not None:
+            progress(len(alphas), math.sqrt(gamma / first))
+    return _Round(x, len(alphas), alphas, betas)
+
+
+def ritz_values(alphas: list[float], betas: list[float]) -> tuple[float, float]:
+    """Smallest and largest singular value that the iteration has seen, from its coefficients."""
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    if not alphas:
+        return 0.0, 0.0
+    a, b = np.array(alphas), np.array(betas[:-1])
+    diagonal = 1 / a
+    diagonal[1:] += b / a[:-1]
+    values = eigvalsh_tridiagonal(diagonal, np.sqrt(b) / a[:-1])
+    return math.sqrt(max(float(values[0]), 0.0)), math.sqrt(max(float(values[-1]), 0.0))
+
+
+def solve_iteratively(
+    system: LayerSystem,
+    b: Rows,
+    cap: int,
+    progress: Progress | None,
+    generator: torch.Generator | None,
+) -> LayerSolution:
+    """Solve by conjugate gradients from a random start, whose remains tell what stays open."""
+    exact = ScaledSystem(system, torch.float64)
+    start = _dye(exact, b, system, generator)
+    x, rounds, converged = _refine(system, exact, b, start, cap, progress)
+    smallest, largest = ritz_values(rounds[0].alphas, rounds[0].betas)
+    left = 0.0
+    if _stained(start, x):  # too large for an answer: a second solve, undyed, tells
+        plain, more, converged = _refine(system, exact, b, torch.zeros_like(x), cap, progress)
+        rounds += more
+        left = float(((x - plain).norm() / start.norm()).square()) * _stained(start, x - plain)
+        x = plain
+    rest = exact.forward(x)
+    rest.z, rest.g = b.z - rest.z, b.g - rest.g
+    return LayerSolution(
+        inputs=x,
+        residual=_ratio(math.sqrt(rest.squared_norm()), math.sqrt(b.squared_norm())),
+        iterations=sum(r.iterations for r in rounds),
+        full_rank=left == 0 and converged,
+        undetermined=left,
+        smallest_singular_value=smallest,
+        largest_singular_value=largest,
+        converged=converged,
+    )
+
+
+def _dye(
+    exact: ScaledSystem, b: Rows, system: LayerSystem, generator: torch.Generator | None
+) -> Tensor:
+    """Random start, large enough that what is left of it stands out from the answer."""
+    if generator is None:
+        generator = torch.Generator(system.k.device).manual_seed(20180502)
+    shape = (system.k.shape[0], *system.input_shape)
+    colour = torch.randn(
+        shape, generator=generator, dtype=torch.float64, device=generator.device
+    ).to(system.k.device)
+    wanted = float(exact.adjoint(b).norm())
+    response = float(exact.adjoint(exact.forward(colour)).norm())
+    size = wanted / response if response > 0 else 1.0  # about the answer's size, entry by entry
+    return colour * (DYE * math.sqrt(system.unknowns) * (size or 1.0))
+
+
+def _stained(start: Tensor, x: Tensor) -> bool:
+    """Whether ``x`` may hold dye: one undetermined direction alone keeps its size per entry."""
+    return float(x.norm()) > TRACE * float(start.norm()) / math.sqrt(start.numel())
+
+
+def _refine(
+    system: LayerSystem,
+    exact: ScaledSystem,
+    b: Rows,
+    x: Tensor,
+    cap: int,
+    progress: Progress | None,
+) -> tuple[Tensor, list[_Round], bool]:
+    """Iterate in float32 rounds, each corrected by the float64 residual.
+
+    A restart costs nothing in iterations, a third in time, and gains digits: it renews the
+    conjugacy that rounding has worn away. Where float32 no longer helps, float64 goes on.
+    """
+    single = ScaledSystem(system, torch.float32)
+    rounds: list[_Round] = []
+    scale = float(exact.adjoint(b).norm()) or float(exact.adjoint(exact.forward(x)).norm())
+    target = ROUNDING * scale
+    best, previous, use_single = x, math.inf, True
+    while True:
+        done = sum(r.iterations for r in rounds)
+        r = exact.forward(x)
+        r.z, r.g = b.z - r.z, b.g - r.g
+        norm = float(exact.adjoint(r).norm())
+        if norm < previous:
+            best = x
+        if norm <= target or done >= cap:
+            return best, rounds, norm <= 1e3 * target
+        if norm > previous / 4:
+            if not use_single:
+                return best, rounds, min(norm, previous) <= 1e4 * target
+            use_single = False
+        previous = min(norm, previous)
+        step = _round(single if use_single else exact, r, cap - done, progress)
+        rounds.append(step)
+        x = best + step.x
+
+
+def _round(system: ScaledSystem, r: Rows, cap: int, progress: Progress | None) -> _Round:
+    dtype = system.operator.k.dtype  # type: ignore[attr-defined]
+    size = max(float(r.z.abs().max()), float(r.g.abs().max()) if r.g.numel() else 0.0)
+    tolerance = SINGLE_TOLERANCE if dtype == torch.float32 else 1e-13
+    step = cgls(system, r.to(dtype, 1 / size), tolerance, cap, progress)
+    return replace(step, x=step.x.double() * size)
+
+
+def _given(side: Tensor, name: str, shape: torch.Size, mask: Tensor | None) -> Tensor:
+    """Right-hand side after its checks; what the mask leaves out may be anything, NaN included."""
+    if not isinstance(side, Tensor):
+        raise InvalidTensorError(f"{name} must be a torch.Tensor, got {type(side).__name__}.")
+    side = side.unsqueeze(0) if side.dim() == len(shape) - 1 and name == "outputs" else side
+    if mask is not None and side.shape == shape and side.is_floating_point():
+        side = torch.where(mask != 0, side, torch.zeros_like(side))
+    return checks.shaped(side, name, tuple(shape))
+
+
+def _times(mask: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if mask is None else mask * rows
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else part
+
+
+def _row_scale(
+    op: Operator, weights: Mapping[str, Tensor], k: Tensor, input_shape: tuple[int, ...]
+) -> float:
+    r""":math:`w_k = \lVert W \rVert / \lVert k \rVert`, so that both sets of rows weigh alike."""
+    size = math.sqrt(sum(float(w.double().square().sum()) for w in weights.values()))
+    norm = float(k.norm())
+    return size / norm if norm > 0 and size > 0 else 1.0
+
+
+def _affine(
+    module: nn.Module, input_shape: tuple[int, ...], k: Tensor
+) -> tuple[torch.Size, Tensor]:
+    """Output shape and value at zero, after checking that the module is affine in its input."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, *input_shape, generator=generator, dtype=torch.float64).to(k.device)
+    if any(m.training and _random(m) for m in module.modules()):  # before it is ever run
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} is in train mode and random or batch-dependent: not affine."
+        )
+    with torch.no_grad():
+        try:
+            values = [_evaluate(module, t * probe) for t in (0.0, 1.0, -2.0)]
+        except RuntimeError as error:
+            raise InvalidTensorError(
+                f"{type(module).__name__} does not take inputs of shape {input_shape}: {error}"
+            ) from None
+    zero, one, minus_two = values
+    bend = float((minus_two - zero + 2 * (one - zero)).norm())
+    if bend > 1e-9 * float((one - zero).norm() + zero.norm() + 1e-300):
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} is not affine in its input, so its equations are not linear "
+            "in x; undo the activation first and give the linear part alone."
+        )
+    return zero.shape[1:], zero
+
+
+def _random(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+
+
+def _evaluate(module: nn.Module, x: Tensor) -> Tensor:
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    double = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+    output: Tensor = functional_call(module, double, (x,))
+    return output
