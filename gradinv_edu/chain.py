@@ -92,7 +92,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Step]:
     InvalidTensorError
         If the model does not take inputs of this shape.
     """
-    double = copy.deepcopy(model).to(torch.float64)
+    double = copy.deepcopy(model).to(torch.float64).requires_grad_(False)
     named = _sequential(double) if _all_sequential(double) else _traced(double)
     _refuse_sharing(named)
     return _with_shapes(named, tuple(input_shape), double)

@@ -501,7 +501,9 @@ def _solve(walk: _Walk, state: _State, position: int) -> tuple[_State, int]:
     )
     gradient = _block_gradient(walk, block)
     with _bar(walk, block) as bar:
-        solution = system.solve(state.value, gradient, progress=bar, generator=walk.generator)
+        solution = system.solve(
+            state.value, gradient, progress=bar, generator=walk.generator, noise=walk.eps
+        )
     error = _error(solution, system, state.error)
     k = _pull_back(module, state.k, solution.inputs)
     noise = max(3 * solution.residual, walk.eps)
@@ -721,10 +723,12 @@ def _gradient_at(walk: _Walk, x: Tensor, target: Tensor, loss: nn.Module) -> dic
     for step in walk.steps:
         for name, parameter in step.module.named_parameters():
             names.append(f"{step.name}.{name}" if step.name else name)
-            parameters.append(parameter)
+            parameters.append(parameter.requires_grad_())
     with torch.enable_grad():
         value = loss(_forward(walk, x), target)
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     return {
         n: torch.zeros_like(p) if g is None else g
         for n, p, g in zip(names, parameters, gradients, strict=True)

@@ -410,6 +410,7 @@ class LayerSystem:
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
         dense: bool | None = None,
+        noise: float = 0.0,
     ) -> LayerSolution:
         r""":math:`\hat x = \arg\min_x \lVert Wx - z + b\rVert^2 + w_k^2\lVert Kx - G\rVert^2`.
 
@@ -435,6 +436,9 @@ class LayerSystem:
             Of the random start; a fixed one by default.
         dense : bool, optional
             Force or forbid the SVD; by default it serves up to 512 unknowns.
+        noise : float
+            Relative noise of the right-hand side, such as the rounding of float32 gradients:
+            iterations that would only fit this noise are not spent.
 
         Returns
         -------
@@ -460,7 +464,7 @@ class LayerSystem:
         if dense if dense is not None else self.unknowns <= DENSE_UNKNOWNS:
             return self._solve_dense(b)
         cap = max_iterations or 10_000 + 4 * math.isqrt(self.unknowns)
-        return solve_iteratively(self, b, cap, progress, generator)
+        return solve_iteratively(self, b, cap, progress, generator, noise)
 
     def _solve_dense(self, b: Rows) -> LayerSolution:
         A = self.to_dense(scaled=True)
@@ -610,15 +614,18 @@ def solve_iteratively(
     cap: int,
     progress: Progress | None,
     generator: torch.Generator | None,
+    noise: float = 0.0,
 ) -> LayerSolution:
     """Solve by conjugate gradients from a random start, whose remains tell what stays open."""
     exact = ScaledSystem(system, torch.float64)
     start = _dye(exact, b, system, generator)
-    x, rounds, converged = _refine(system, exact, b, start, cap, progress)
+    x, rounds, converged = _refine(system, exact, b, start, cap, progress, noise)
     smallest, largest = ritz_values(rounds[0].alphas, rounds[0].betas)
     left = 0.0
     if _stained(start, x):  # too large for an answer: a second solve, undyed, tells
-        plain, more, converged = _refine(system, exact, b, torch.zeros_like(x), cap, progress)
+        plain, more, converged = _refine(
+            system, exact, b, torch.zeros_like(x), cap, progress, noise
+        )
         rounds += more
         left = float(((x - plain).norm() / start.norm()).square()) * _stained(start, x - plain)
         x = plain
@@ -664,6 +671,7 @@ def _refine(
     x: Tensor,
     cap: int,
     progress: Progress | None,
+    noise: float,
 ) -> tuple[Tensor, list[_Round], bool]:
     """Iterate in float32 rounds, each corrected by the float64 residual.
 
@@ -673,7 +681,7 @@ def _refine(
     single = ScaledSystem(system, torch.float32)
     rounds: list[_Round] = []
     scale = float(exact.adjoint(b).norm()) or float(exact.adjoint(exact.forward(x)).norm())
-    target = ROUNDING * scale
+    target = max(ROUNDING, 1e-4 * noise) * scale
     best, previous, use_single = x, math.inf, True
     while True:
         done = sum(r.iterations for r in rounds)
@@ -689,15 +697,17 @@ def _refine(
                 return best, rounds, min(norm, previous) <= 1e4 * target
             use_single = False
         previous = min(norm, previous)
-        step = _round(single if use_single else exact, r, cap - done, progress)
+        step = _round(single if use_single else exact, r, 0.3 * target / norm, cap - done, progress)
         rounds.append(step)
         x = best + step.x
 
 
-def _round(system: ScaledSystem, r: Rows, cap: int, progress: Progress | None) -> _Round:
+def _round(
+    system: ScaledSystem, r: Rows, enough: float, cap: int, progress: Progress | None
+) -> _Round:
     dtype = system.operator.k.dtype  # type: ignore[attr-defined]
     size = max(float(r.z.abs().max()), float(r.g.abs().max()) if r.g.numel() else 0.0)
-    tolerance = SINGLE_TOLERANCE if dtype == torch.float32 else 1e-13
+    tolerance = max(SINGLE_TOLERANCE if dtype == torch.float32 else 1e-13, enough)
     step = cgls(system, r.to(dtype, 1 / size), tolerance, cap, progress)
     return replace(step, x=step.x.double() * size)
 
