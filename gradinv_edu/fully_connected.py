@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,8 +84,8 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
 
 
 def _svd(G: Tensor, b: Tensor) -> Tensor:
-    v = rank_one(torch.cat([G, b[:, None]], dim=1)).right
-    return v[:-1] / v[-1]
+    u = rank_one(torch.cat([G, b[:, None]], dim=1)).left
+    return (G.T @ u) / (b @ u)  # v[:n] / v[n], each relative to its own size
 
 
 def _best_row(G: Tensor, b: Tensor) -> Tensor:
@@ -161,22 +161,64 @@ def recover_input(weight_gradient: Tensor, bias_gradient: Tensor, method: str = 
 # --- the loss fixes the scale ---------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """``G = c vᵀ``: each row's multiple of ``v``, and how precisely it is known."""
+
+    c: Tensor
+    v: Tensor
+    precision: Tensor
+    residual: float
+    eps: float
+
+    @property
+    def trusted(self) -> Tensor:
+        return self.precision < 0.2
+
+    @property
+    def tolerance(self) -> float:
+        """A contradiction that rounding and noise may explain."""
+        return min(0.5, max(1e3 * self.eps, 100 * self.residual))
+
+    def mirrored(self) -> _Rows:
+        return replace(self, c=-self.c, v=-self.v)
+
+
+def _rows(G: Tensor) -> _Rows:
+    fit, eps = rank_one(G), _rounding(G)
+    v = fit.right
+    c = G @ v  # and not σ₁u, whose small entries carry the rounding of its large ones
+    noise = (G - torch.outer(c, v)).norm(dim=1) / math.sqrt(max(len(v) - 1, 1))
+    precision = torch.where(c == 0, math.inf, eps + noise / c.abs().clamp_min(1e-300))
+    return _Rows(c, v, precision, fit.residual, eps)
+
+
+def _rounding(G: Tensor) -> float:
+    """Machine precision of the coarsest type that holds the entries: the client's, or near it."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(G, G.to(dtype).double()):
+            return torch.finfo(dtype).eps
+    return torch.finfo(G.dtype).eps
+
+
 def recover_from_cross_entropy(
     weight: Tensor, weight_gradient: Tensor, bias: Tensor | None = None
 ) -> list[Output]:
-    r""":math:`s = \log(c_j / c_k) \,/\, (w_j - w_k)\cdot v` from non-label rows ``j, k``; then :math:`x = s\,v`.
+    r""":math:`s = \log(c_i / c_j) \,/\, (w_i - w_j)\cdot v` from rows i, j; then :math:`x = s\,v`.
 
     Without any bias gradient ``G = k xᵀ = c vᵀ`` leaves the scale ``s`` open; the softmax
     closes it, since ``k = softmax(W x + b) − e_y``: the one entry of its own sign is the label
-    (:eq:`label-sign`), the logarithms of all others are the logits up to a constant. Implements
-    :eq:`softmax-scale`.
+    (:eq:`label-sign`), the logarithms of all others are the logits up to a constant. Two rows
+    other than the label's are enough; all are used, each by its precision. Two classes leave
+    one such row, up to two scales for each label, and no contradiction even for several samples.
+    Implements :eq:`softmax-scale`.
 
     Parameters
     ----------
     weight : Tensor
         ``W``, ``(m, n)`` with m ≥ 2.
     weight_gradient : Tensor
-        ``∂L/∂W``, ``(m, n)``; its dtype tells how far small probabilities may be trusted.
+        ``∂L/∂W``, ``(m, n)``.
     bias : Tensor, optional
         ``b``, ``(m,)``, where the layer has one but its gradient was withheld.
 
@@ -188,7 +230,7 @@ def recover_from_cross_entropy(
     Raises
     ------
     InvalidTensorError
-        If shapes do not match.
+        If shapes do not match, or there is one class only.
     VanishingGradientError
         If the gradient is zero everywhere.
     InconsistentGradientError
@@ -198,111 +240,139 @@ def recover_from_cross_entropy(
     -----
     Derived for this project; no published source is known to us.
     """
-    W = checks.shaped(weight, "weight", (None, None))
-    G = checks.shaped(weight_gradient, "weight_gradient", tuple(W.shape))
-    b = torch.zeros_like(W[:, 0]) if bias is None else checks.shaped(bias, "bias", (len(W),))
-    fit = rank_one(G)
-    found = []
-    for sign in (1.0, -1.0):
-        c, v = sign * fit.left * fit.value, sign * fit.right
-        if len(W) > 2 and int((c < 0).sum()) != 1 and _trusted_negatives(c, weight_gradient) != 1:
-            continue
-        y = int(c.argmin())
-        scales = _softmax_scales(W @ v, b, c, y, torch.finfo(weight_gradient.dtype).eps)
-        found += [_softmax_output(W, b, v, c, y, s, fit.residual) for s in scales]
-    found = [o for o in found if o.residual < max(10 * fit.residual, 0.2)]
+    W, G, b = _layer(weight, weight_gradient, bias)
+    if len(W) < 2:
+        raise InvalidTensorError("Cross-entropy needs two classes or more; weight has one row.")
+    rows = _rows(G)
+    found = [o for side in (rows, rows.mirrored()) for o in _softmax_outputs(W, b, side)]
     if not found:
         raise InconsistentGradientError(
             "No scale makes softmax(W x + b) − e_y agree with this weight gradient: it is the sum "
             "of several samples, or belongs to another layer, loss or model."
         )
-    best = min(o.residual for o in found)
-    keep = max(1e3 * best, 1e3 * torch.finfo(weight_gradient.dtype).eps)
+    return _best(found, rows.eps)
+
+
+def _layer(
+    weight: Tensor, weight_gradient: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    W = checks.shaped(weight, "weight", (None, None))
+    G = checks.shaped(weight_gradient, "weight_gradient", tuple(W.shape)).to(W.device)
+    b = torch.zeros_like(W[:, 0]) if bias is None else checks.shaped(bias, "bias", (len(W),))
+    return W, checks.not_all_zero(G, "weight_gradient"), b
+
+
+def _best(found: list[Output], eps: float) -> list[Output]:
+    keep = 1e3 * max(eps, min(o.residual for o in found))
     return sorted((o for o in found if o.residual <= keep), key=lambda o: o.residual)
 
 
-def _trusted_negatives(c: Tensor, like: Tensor) -> int:
-    """Negative entries that rounding cannot have made of zeros."""
-    return int((c < -1e2 * torch.finfo(like.dtype).eps * c.abs().max()).sum())
+def _softmax_outputs(W: Tensor, b: Tensor, rows: _Rows) -> list[Output]:
+    """Outputs with ``c = s·(softmax(s W v + b) − e_y)`` for some label and scale ``s > 0``."""
+    negative = (rows.c < 0) & rows.trusted
+    if int(negative.sum()) > 1:
+        return []
+    Wv, others = W @ rows.v, (rows.c > 0) & rows.trusted
+    if not bool(others.any()):
+        return []
+    label = int(rows.c.argmin()) if bool(negative.any()) else None
+    found = []
+    for start in _softmax_starts(Wv, b, rows.c, others, rows.precision, label):
+        s = _polished(start, partial(_log_softmax, Wv, b), rows.c, others, rows.precision)
+        y = _label(rows.c, s * Wv + b, rows.trusted)
+        found.append(_softmax_output(Wv, b, rows, y, s))
+    return [o for o in found if o.residual <= rows.tolerance]
 
 
-def _softmax_scales(Wv: Tensor, b: Tensor, c: Tensor, y: int, eps: float) -> list[float]:
-    """Scales ``s > 0`` or ``< 0`` with ``softmax(s W v + b) − e_y = c / s``."""
-    # with c = s·k and 1 − p_y = −k_y: sum over the others of p = −k_y, so only s is unknown
-    others = [j for j in range(len(c)) if j != y and float(c[j]) > 0]
-    start = []
-    if len(others) >= 2:
-        start = [_log_ratio_scale(Wv[others], b[others], c[others], float(c.abs().max()), eps)]
-    else:
-        start = _scan_scales(Wv, b, c, y)
-    return [_newton(Wv, b, c, y, s) for s in start if s > 0 and math.isfinite(s)]
+def _label(k: Tensor, z: Tensor, trusted: Tensor | None = None) -> int:
+    """Row of the negative entry; where ``p_y`` was rounded to 1, the likeliest row without one."""
+    negative = k < 0 if trusted is None else (k < 0) & trusted
+    if bool(negative.any()):
+        return int(torch.where(negative, k, math.inf).argmin())
+    open_rows = k <= 0 if trusted is None else (k <= 0) | ~trusted
+    return int(torch.where(open_rows, z, -math.inf).argmax())
 
 
-def _log_ratio_scale(Wv: Tensor, b: Tensor, c: Tensor, top: float, eps: float) -> float:
-    """Least squares over all non-label rows, each weighed by the precision of its logarithm."""
-    weight = (c / (c + eps * top * len(c))).square() * (c / (c + 1e2 * eps * top)).square()
-    left, right = Wv, c.log() - b
-    mean_left = (weight * left).sum() / weight.sum()
-    mean_right = (weight * right).sum() / weight.sum()
-    left, right = left - mean_left, right - mean_right
-    below = float((weight * left.square()).sum())
-    return float((weight * left * right).sum()) / below if below > 0 else math.inf
+def _softmax_starts(
+    Wv: Tensor, b: Tensor, c: Tensor, others: Tensor, precision: Tensor, y: int | None
+) -> list[float]:
+    if int(others.sum()) == 1 and len(c) == 2:
+        other = int(others.nonzero()[0, 0])
+        beta = float(b[1 - other] - b[other])
+        return _logistic_scales(float(Wv[1 - other] - Wv[other]), beta, float(c[other]))
+    if int(others.sum()) < 2:
+        return []
+    w = precision[others].pow(-2)
+    left, right = Wv[others], c[others].log() - b[others]
+    left, right = left - (w * left).sum() / w.sum(), right - (w * right).sum() / w.sum()
+    below = float((w * left.square()).sum())
+    s = float((w * left * right).sum()) / below if below > 0 else 0.0
+    if abs(s) * math.sqrt(below) < 100:  # logits equal to the last digits: p is that of z = b
+        p = torch.softmax(b, 0)
+        return [float(c[others].sum() / p[others].sum())]
+    return [s] if s > 0 else []
 
 
-def _mismatch(s: float, Wv: Tensor, b: Tensor, c: Tensor, y: int) -> Tensor:
-    k = torch.softmax(s * Wv + b, 0)
-    k[y] = -(torch.cat([k[:y], k[y + 1 :]]).sum())  # p_y − 1 without cancellation
-    return s * k - c
+def _log_softmax(Wv: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """``log p`` at ``z = s W v + b``, and its slope in ``s``."""
+    log_p = torch.log_softmax(s * Wv + b, 0)
+    return log_p, Wv - (log_p.exp() * Wv).sum()
 
 
-def _scan_scales(Wv: Tensor, b: Tensor, c: Tensor, y: int) -> list[float]:
-    """Roots of the norm equation ``s |softmax(s W v + b) − e_y| = |c|`` on a logarithmic grid."""
-    from scipy.optimize import brentq
+def _polished(
+    s: float,
+    log_k: Callable[[float], tuple[Tensor, Tensor]],
+    c: Tensor,
+    rows: Tensor,
+    precision: Tensor,
+) -> float:
+    """Gauss–Newton on ``log s + log |k_j(s)| = log |c_j|``, kept only where it helps."""
+    w, wanted = precision[rows].pow(-2), c[rows].abs().log()
 
-    def gap(log_s: float) -> float:
-        s = math.exp(log_s)
-        return float((_mismatch(s, Wv, b, c, y) + c).norm() - c.norm())
+    def gap(s: float) -> tuple[Tensor, Tensor]:
+        value, slope = log_k(s)
+        return math.log(s) + value[rows] - wanted, 1 / s + slope[rows]
 
-    grid = np.linspace(math.log(1e-8), math.log(1e8), 2000)
-    values = [gap(g) for g in grid]
-    pairs = zip(grid[:-1], grid[1:], values[:-1], values[1:], strict=True)
-    return [math.exp(brentq(gap, l, h, xtol=1e-14)) for l, h, f, g in pairs if f * g < 0]
-
-
-def _newton(Wv: Tensor, b: Tensor, c: Tensor, y: int, s: float) -> float:
-    """Gauss–Newton on ``s·(softmax(s W v + b) − e_y) = c``, kept only where it helps."""
-    for _ in range(8):
-        gap = _mismatch(s, Wv, b, c, y)
-        p = torch.softmax(s * Wv + b, 0)
-        k = (gap + c) / s
-        slope = k + s * p * (Wv - (p * Wv).sum())
-        step = float((slope * gap).sum() / slope.square().sum())
-        new = s - step
-        if not (new > 0) or _mismatch(new, Wv, b, c, y).norm() >= gap.norm():
+    for _ in range(20):
+        error, slope = gap(s)
+        below = float((w * slope.square()).sum())
+        new = s - float((w * slope * error).sum()) / below if below > 0 else s
+        if not new > 0 or (w * gap(new)[0].square()).sum() >= (w * error.square()).sum():
             break
         s = new
     return s
 
 
-def _softmax_output(
-    W: Tensor, b: Tensor, v: Tensor, c: Tensor, y: int, s: float, residual: float
-) -> Output:
-    gap = float(_mismatch(s, W @ v, b, c, y).norm() / c.norm())
-    return Output(c / s, s * v, torch.tensor(y, device=W.device), max(gap, residual))
+def _softmax_output(Wv: Tensor, b: Tensor, rows: _Rows, y: int, s: float) -> Output:
+    k = torch.softmax(s * Wv + b, 0)
+    k[y] = 0
+    k[y] = -k.sum()  # p_y − 1 without cancellation
+    gap = s * k - rows.c
+    # the client computed p_y − 1 with rounding of the 1, however small the difference is
+    gap[y] = (gap[y].abs() - 10 * len(k) * rows.eps * s).clamp_min(0)
+    residual = max(float(gap.norm() / (s * k).norm()), rows.residual)
+    c = rows.c.clone()
+    c[y] = c[y] - rows.c.sum() if bool(rows.trusted.all()) else s * k[y]
+    return Output(c / s, s * rows.v, torch.tensor(y, device=c.device), residual)
 
 
-def recover_from_logistic(weight: Tensor, weight_gradient: Tensor) -> list[Output]:
-    r""":math:`\langle W, G\rangle = -\mu\,\sigma(-\mu)`, solved for the margin :math:`\mu` by Lambert's W.
+def recover_from_logistic(
+    weight: Tensor, weight_gradient: Tensor, bias: Tensor | None = None
+) -> list[Output]:
+    r""":math:`\langle W, G\rangle = -\mu\,\sigma(-\mu)` gives the margin by Lambert's W.
 
-    One logit and the binary logistic loss: ``μ = ±z`` obeys ``μ / (1 + e^μ) = −⟨W, G⟩``, which
-    has one root where the prediction is wrong and two where it is right: *twin data*. Either
-    label explains the gradient with its own sign of ``x``. With several logits all share one
-    scale, and every row is an equation. Implements :eq:`logistic-root`.
+    One logit and the binary logistic loss: the margin ``μ = ±z`` has one value where the
+    prediction is wrong, two where it is right: *twin data*. Either label explains the gradient
+    with its own sign of ``x``. With several logits all share one scale, and every row is an
+    equation; mirrored, ``−x`` with all labels changed, is always an answer too. Implements
+    :eq:`logistic-root`.
 
     Parameters
     ----------
     weight, weight_gradient : Tensor
-        ``W`` and ``∂L/∂W``, ``(m, n)``.
+        ``W`` and ``∂L/∂W``, ``(m, n)``; the loss is the sum over the m logits.
+    bias : Tensor, optional
+        ``b``, ``(m,)``, where the layer has one but its gradient was withheld.
 
     Returns
     -------
@@ -323,89 +393,92 @@ def recover_from_logistic(weight: Tensor, weight_gradient: Tensor) -> list[Outpu
     Source: Zhu and Blaschko (2021) for the equation and its twins; the closed form and the
     treatment of several logits are this project's.
     """
-    W = checks.shaped(weight, "weight", (None, None))
-    G = checks.shaped(weight_gradient, "weight_gradient", tuple(W.shape))
-    checks.not_all_zero(G, "weight_gradient")
-    return _one_logit(W, G) if len(W) == 1 else _many_logits(W, G)
-
-
-def _one_logit(W: Tensor, G: Tensor) -> list[Output]:
-    found = []
-    for mu in _margins(float((W * G).sum())):
-        for label in (1.0, 0.0):
-            k = -_sigmoid(-mu) if label else _sigmoid(-mu)
-            target = W.new_tensor([label])
-            found.append(Output(W.new_tensor([k]), G[0] / k, target, 0.0))
+    W, G, b = _layer(weight, weight_gradient, bias)
+    rows = _rows(G)
+    found = [o for side in (rows, rows.mirrored()) for o in _logistic_outputs(W, b, side)]
     if not found:
         raise InconsistentGradientError(
-            f"⟨W, ∂L/∂W⟩ = {float((W * G).sum()):.3g} is below −0.2785, which the logistic loss of "
-            "one sample never gives: wrong loss, scaling or batch size."
+            f"No scale makes sigmoid(W x + b) − y agree with this weight gradient in every row "
+            f"(⟨W, ∂L/∂W⟩ = {float((W * G).sum()):.3g}, which one sample keeps above −0.2785 for "
+            "each logit without a bias): it is the sum of several samples, or belongs to another "
+            "layer, loss or model."
         )
-    return found
+    return _best(found, rows.eps)
 
 
-def _margins(product: float) -> list[float]:
-    """Roots of ``−μ σ(−μ) = product`` by both real branches of Lambert's W."""
-    from scipy.special import lambertw
-
-    # μ/(1+e^μ) = q  ⇔  (q−μ) e^{q−μ} = −... ; with t = q − μ: t·e^{−t} = ... see the chapter
-    q = -product
-    roots = []
-    for branch in (0, -1):
-        w = lambertw(-q * math.exp(q), branch) if q < 300 else complex(math.nan)
-        if abs(w.imag) < 1e-12 and math.isfinite(w.real):
-            roots.append(_polish_margin(q - float(w.real), q))
-    unique = [m for i, m in enumerate(roots) if all(abs(m - o) > 1e-9 for o in roots[:i])]
-    return [m for m in unique if abs(m * _sigmoid(-m) - q) <= 1e-9 * max(abs(q), 1e-12)]
+def _logistic_outputs(W: Tensor, b: Tensor, rows: _Rows) -> list[Output]:
+    """Outputs with ``c = s·(σ(s W v + b) − y)``: the signs of ``c`` are the labels."""
+    side = torch.where(rows.c < 0, -1.0, 1.0).to(W)  # |k_j| = σ(side·z_j)
+    Wv, offset = side * (W @ rows.v), side * b
+    top = int(rows.c.abs().argmax())
+    starts = _logistic_scales(-float(Wv[top]), -float(offset[top]), float(rows.c[top].abs()))
+    found = [_logistic_output(Wv, offset, side, rows, start) for start in starts]
+    return [o for o in found if o.residual <= rows.tolerance]
 
 
-def _polish_margin(mu: float, q: float) -> float:
+def _logistic_output(Wv: Tensor, b: Tensor, side: Tensor, rows: _Rows, start: float) -> Output:
+    # the client computed σ(z) − 1 with rounding of the 1, however small the difference is
+    size, rounding = rows.c.abs(), 10 * rows.eps * start
+    precision = rows.precision + rounding / size.clamp_min(1e-300)
+    s = _polished(start, partial(_log_sigmoid, Wv, b), rows.c, precision < 0.2, precision)
+    z = s * Wv + b
+    z = torch.where(size > rounding, z, -z.abs())  # no gradient: confident, and right
+    y = torch.where(size > rounding, -side, side * (s * Wv + b)) > 0
+    gap = ((s * torch.sigmoid(z) - size).abs() - rounding).clamp_min(0)
+    residual = max(float(gap.norm() / size.norm()), rows.residual)
+    return Output(rows.c / s, s * rows.v, y.to(side), residual)
+
+
+def _log_sigmoid(Wv: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    z = s * Wv + b
+    return nn.functional.logsigmoid(z), torch.sigmoid(-z) * Wv
+
+
+def _logistic_scales(m: float, beta: float, a: float) -> list[float]:
+    """Every ``s > 0`` with ``s σ(−(m s + β)) = a``, for ``a > 0``.
+
+    Multiplied out, ``s − a = a e^{m s + β}``. With ``u = m (s − a)`` that is
+    ``u e^{−u} = m a e^{m a + β}``, so ``u = −W(−m a e^{m a + β})``, on both real branches of
+    Lambert's W where ``m > 0`` and the argument lies above ``−1/e``, on one where ``m < 0``.
+    """
+    if m * a == 0:
+        return [a * (1 + math.exp(min(beta, 700.0)))]
+    exponent = math.log(abs(m) * a) + m * a + beta
+    roots = [a + u / m for u in _lambert(exponent, -1 if m > 0 else 1)]
+    return [_polished_scale(s, m, beta, a) for s in roots if s > 0]
+
+
+def _lambert(exponent: float, sign: int) -> list[float]:
+    """Every ``u = −W(sign · e^exponent)``, also where the exponential over- or underflows."""
+    from scipy.special import lambertw, wrightomega
+
+    if sign > 0:
+        return [-float(wrightomega(exponent))]
+    if exponent > -1 + 1e-6:
+        return []
+    if exponent > -1:  # rounding beyond the tangent point, where both roots meet
+        return [1.0]
+    if exponent < -700:
+        return [0.0, -exponent + math.log(-exponent)]
+    return [-float(lambertw(-math.exp(exponent), branch).real) for branch in (0, -1)]
+
+
+def _polished_scale(s: float, m: float, beta: float, a: float) -> float:
+    """Newton's method on ``log s + log σ(−(m s + β)) = log a``."""
     for _ in range(4):
-        s = _sigmoid(-mu)
-        slope = s - mu * s * (1 - s)
-        if slope == 0 or not math.isfinite(mu):
+        t = m * s + beta
+        p = _sigmoid(t)
+        slope = 1 / s - m * p
+        error = math.log(s / a) - (max(t, 0.0) + math.log1p(math.exp(-abs(t))))
+        new = s - error / slope if abs(slope) * s > 1e-5 else s  # not where two roots meet
+        if not (new > 0 and math.isfinite(new)):
             break
-        mu -= (mu * s - q) / slope
-    return mu
+        s = new
+    return s
 
 
 def _sigmoid(t: float) -> float:
     return 1 / (1 + math.exp(-t)) if t >= 0 else math.exp(t) / (1 + math.exp(t))
-
-
-def _many_logits(W: Tensor, G: Tensor) -> list[Output]:
-    fit = rank_one(G)
-    found = []
-    for sign in (1.0, -1.0):
-        c, v = sign * fit.left * fit.value, sign * fit.right
-        for s in _logit_scales(W @ v, c):
-            y = (c < 0).to(W.dtype)
-            gap = float((s * (torch.sigmoid(s * (W @ v)) - y) - c).norm() / c.norm())
-            found.append(Output(c / s, s * v, y, max(gap, fit.residual)))
-    found = [o for o in found if o.residual <= max(1e-6, 10 * fit.residual)]
-    if not found:
-        raise InconsistentGradientError(
-            "No scale makes sigmoid(W x) − y agree with this weight gradient in every row: it is "
-            "the sum of several samples, or belongs to another layer, loss or model."
-        )
-    return sorted(found, key=lambda o: o.residual)
-
-
-def _logit_scales(Wv: Tensor, c: Tensor) -> list[float]:
-    """Roots, in ``s > 0``, of the row with the largest gradient; the other rows then judge."""
-    from scipy.optimize import brentq
-
-    row = int(c.abs().argmax())
-    y, w, wanted = float(c[row] < 0), float(Wv[row]), float(c[row])
-
-    def gap(log_s: float) -> float:
-        s = math.exp(log_s)
-        return s * (_sigmoid(s * w) if y == 0 else -_sigmoid(-s * w)) - wanted
-
-    grid = np.linspace(math.log(1e-8), math.log(1e8), 2000)
-    values = [gap(g) for g in grid]
-    pairs = zip(grid[:-1], grid[1:], values[:-1], values[1:], strict=True)
-    return [math.exp(brentq(gap, l, h, xtol=1e-15)) for l, h, f, g in pairs if f * g < 0]
 
 
 def recover_from_bias(
@@ -415,18 +488,20 @@ def recover_from_bias(
     weight_gradient: Tensor,
     bias_gradient: Tensor,
 ) -> Output:
-    r""":math:`k = \partial L/\partial b`, :math:`x = G^\top k/|k|^2`, and the label from ``k`` and ``z = W x + b``.
+    r""":math:`y = \arg\min_j k_j` with :math:`k = \partial L/\partial b`, and ``x`` beside it.
 
-    Implements :eq:`label-sign`.
+    The bias gradient is ``k`` itself, ``x`` follows by :func:`recover_input`, and the label from
+    ``z = W x + b``: for cross-entropy the one negative entry of ``k = softmax(z) − e_y``, else
+    ``sigmoid(z) − k`` or ``z − k/2``. Implements :eq:`label-sign`.
 
     Parameters
     ----------
     loss : nn.Module
         ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``MSELoss``.
     weight, bias : Tensor
-        ``(m, n)`` and ``(m,)``.
+        ``W`` and ``b``, ``(m, n)`` and ``(m,)``.
     weight_gradient, bias_gradient : Tensor
-        Likewise.
+        ``∂L/∂W`` and ``∂L/∂b``, ``(m, n)`` and ``(m,)``.
 
     Returns
     -------
@@ -440,17 +515,16 @@ def recover_from_bias(
         If the loss is none of the three, or has weights, smoothing or a sum over classes.
     """
     _known_loss(loss)
-    W, b = checks.shaped(weight, "weight", (None, None)), checks.finite(bias, "bias")
-    x = recover_input(weight_gradient, bias_gradient)
-    k = checks.finite(bias_gradient, "bias_gradient")
-    whole = torch.cat([checks.finite(weight_gradient, "weight_gradient"), k[:, None]], dim=1)
-    z = W @ x + b
-    return Output(k, x, _target(loss, z, k), rank_one(whole).residual)
+    W, G, b = _layer(weight, weight_gradient, bias)
+    k = checks.shaped(bias_gradient, "bias_gradient", (len(W),)).to(W.device)
+    x = recover_input(G, k)
+    whole = torch.cat([G, k[:, None]], dim=1)
+    return Output(k, x, _target(loss, W @ x + b, k), rank_one(whole).residual)
 
 
 def _target(loss: nn.Module, z: Tensor, k: Tensor) -> Tensor:
     if isinstance(loss, nn.CrossEntropyLoss):
-        return k.argmin()
+        return torch.tensor(_label(k, z), device=k.device)
     factor = len(z) if loss.reduction == "mean" else 1
     if isinstance(loss, nn.MSELoss):
         return z - k * factor / 2
@@ -460,12 +534,12 @@ def _target(loss: nn.Module, z: Tensor, k: Tensor) -> Tensor:
 def _known_loss(loss: nn.Module) -> None:
     if not isinstance(loss, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss | nn.MSELoss):
         raise UnsupportedLossError(
-            f"{type(loss).__name__} is not handled; CrossEntropyLoss, BCEWithLogitsLoss and MSELoss "
-            "are."
+            f"{type(loss).__name__} is not handled; CrossEntropyLoss, BCEWithLogitsLoss and "
+            "MSELoss are."
         )
-    weighted = getattr(loss, "weight", None) is not None
-    weighted = weighted or getattr(loss, "pos_weight", None) is not None
-    if weighted or getattr(loss, "label_smoothing", 0.0) or loss.reduction == "none":
+    weights = (getattr(loss, "weight", None), getattr(loss, "pos_weight", None))
+    smoothed = getattr(loss, "label_smoothing", None)
+    if any(w is not None for w in weights) or smoothed or loss.reduction == "none":
         raise UnsupportedLossError(
             f"{type(loss).__name__} with class weights, label smoothing or reduction 'none' is not "
             "handled."
@@ -479,16 +553,17 @@ def recover_output(
     weight_gradient: Tensor,
     bias_gradient: Tensor | None,
 ) -> list[Output]:
-    r""":math:`k = \partial L / \partial z` and ``x`` of the last layer, by whatever its loss and bias allow.
+    r""":math:`k = \partial L / \partial z` and ``x`` of the last layer, from its own gradient.
 
-    Implements :eq:`label-sign`, :eq:`softmax-scale` and :eq:`logistic-root`.
+    By the bias gradient where there is one, else by what the loss says. Implements
+    :eq:`label-sign`, :eq:`softmax-scale` and :eq:`logistic-root`.
 
     Parameters
     ----------
     loss : nn.Module
         Applied to the layer's output.
     weight, bias : Tensor
-        ``(m, n)`` and ``(m,)`` or ``None``.
+        ``W``, ``(m, n)``, and ``b``, ``(m,)``, or ``None``.
     weight_gradient, bias_gradient : Tensor
         Likewise; ``bias_gradient`` may be ``None`` where it was withheld.
 
@@ -515,10 +590,6 @@ def recover_output(
             "the input has a target that explains the gradient. A bias anywhere, or a "
             "classification loss, would fix it."
         )
-    if bias is not None:
-        raise UndeterminedScaleError(
-            "The logistic loss with a bias whose gradient is withheld leaves the scale open here."
-        )
     factor = len(weight) if loss.reduction == "mean" else 1  # the mean over logits, undone
-    found = recover_from_logistic(weight, weight_gradient * factor)
+    found = recover_from_logistic(weight, weight_gradient * factor, bias)
     return [Output(o.k / factor, o.x, o.target, o.residual) for o in found]

@@ -288,8 +288,10 @@ class _Problem:
         """Linearise and solve until every equation holds, or it stops getting anywhere."""
         best, stalls = math.inf, 0
         for turn in range(1, ROUNDS + 1):
-            A, b = self.linearised(masked=True)
-            self.v = _least_squares(A, b)
+            step = _least_squares(*self.linearised(masked=True))
+            if step is None:  # what is left of the rows no longer determines the unknowns
+                return turn, False
+            self.v = step
             residual, changed = self._move()
             if progress is not None:
                 progress(turn, residual)
@@ -298,7 +300,7 @@ class _Problem:
             measure = float(changed) if self.kinked else residual
             stalls = 0 if measure < best else stalls + 1
             best = min(best, measure)
-            if stalls > 12:
+            if stalls > 10 or not math.isfinite(residual):
                 break
         return turn, False
 
@@ -318,16 +320,18 @@ class _Problem:
             changed += int(((z > 0) != (self.z[level] > 0)).sum())
             outputs.append(z)
         self.z = outputs
-        return math.sqrt(gap / size), changed
+        return math.sqrt(gap / max(size, 1e-300)), changed
 
 
-def _least_squares(A: Tensor, b: Tensor) -> Tensor:
+def _least_squares(A: Tensor, b: Tensor) -> Tensor | None:
     """Normal equations with column scaling, each correction taken against the true residual."""
     scale = A.norm(dim=0).clamp_min(1e-300)
     A = A / scale
     gram = A.T @ A
     gram.diagonal().add_(1e-13 * len(A))
-    factor = torch.linalg.cholesky(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed):
+        return None
     x = torch.zeros_like(A[0])
     for _ in range(5):
         x = x + torch.cholesky_solve((A.T @ (b - A @ x))[:, None], factor)[:, 0]

@@ -16,6 +16,7 @@ from .chain import Step, trace
 from .errors import (
     GradientInversionError,
     InconsistentGradientError,
+    InvalidTensorError,
     UnsupportedLayerError,
 )
 from .sharing import Update, without_weight_decay
@@ -344,7 +345,8 @@ def _lowest_biased(walk: _Walk) -> int | None:
     for index, step in enumerate(walk.steps):
         if isinstance(step.module, nn.Linear) and len(step.input_shape) == 1:
             bias = walk.gradient(step, "bias")
-            if bias is not None and bool(bias.any()):
+            sent = walk.gradient(step, "weight") is not None and bias is not None
+            if sent and bool(bias.any()):
                 return index
     return None
 
@@ -362,7 +364,10 @@ def _outputs(walk: _Walk, last: int, loss: nn.Module, needed: bool) -> list[full
             "a bias."
         )
     weight_gradient = walk.gradient(step, "weight")
-    assert weight_gradient is not None
+    if weight_gradient is None:
+        raise InvalidTensorError(
+            f"The update lacks {step.name}.weight: the recursion begins at this layer's gradient."
+        )
     bias = None if step.module.bias is None else step.module.bias.detach()
     try:
         return fully_connected.recover_output(
@@ -496,10 +501,12 @@ def _solve(walk: _Walk, state: _State, position: int) -> tuple[_State, int]:
         solved = _solve_dense_layer(walk, state, block[0])
         if solved is not None:
             return solved, below
-    system = LayerSystem(
-        module, state.k, block[0].input_shape, state.weight, constraints=walk.constraints
-    )
     gradient = _block_gradient(walk, block)
+    withheld = gradient is None and walk.constraints == "both"
+    constraints = "weight" if withheld else walk.constraints
+    system = LayerSystem(
+        module, state.k, block[0].input_shape, state.weight, constraints=constraints
+    )
     with _bar(walk, block) as bar:
         solution = system.solve(
             state.value, gradient, progress=bar, generator=walk.generator, noise=walk.eps
@@ -598,7 +605,9 @@ def _joint_state(
 def _solve_dense_layer(walk: _Walk, state: _State, step: Step) -> _State | None:
     """Closed form, where the layer's own gradient gives it."""
     G, b = walk.gradient(step, "weight"), walk.gradient(step, "bias")
-    assert G is not None and isinstance(step.module, nn.Linear)
+    assert isinstance(step.module, nn.Linear)
+    if G is None:
+        return None
     if b is not None and bool(b.any()):
         x, k, residual, error = _dense_from_bias(walk, G, b)
     elif bool(state.k.any()):
@@ -628,7 +637,8 @@ def _block_gradient(walk: _Walk, block: list[Step]) -> Tensor | None:
     for step in block:
         for name in weight_names(step.module):
             value = walk.gradient(step, name)
-            assert value is not None
+            if value is None:  # not sent: its equations are left out
+                return None
             gradients[f"{step.name}.{name}"] = value
     return pack(gradients) if gradients else None
 

@@ -573,9 +573,10 @@ def cgls(
     gamma = first = float(s.double().square().sum())
     alphas: list[float] = []
     betas: list[float] = []
-    eps = torch.finfo(s.dtype).eps
+    floor = (8 * torch.finfo(s.dtype).eps) ** 2
     rest, length, gain = b.squared_norm(), gamma, 0.0  # |r|², |p|², largest |Ap|²/|p|²
-    while len(alphas) < cap and gamma > tolerance**2 * first and gamma > eps**2 * gain * rest:
+    least, since = gamma, 0
+    while len(alphas) < cap and gamma > max(tolerance**2 * first, floor * gain * rest):
         q = system.forward(p)
         curvature = q.squared_norm()
         if curvature <= 0 or not math.isfinite(curvature):
@@ -589,6 +590,9 @@ def cgls(
         alphas.append(alpha)
         betas.append(gamma / previous)
         length = gamma + betas[-1] ** 2 * length
+        least, since = (gamma, len(alphas)) if gamma < least else (least, since)
+        if len(alphas) > 200 + 2 * since:  # as long again without progress: rounding has it
+            break
         p.mul_(betas[-1]).add_(s)
         if progress is not None:
             progress(len(alphas), math.sqrt(gamma / first))
@@ -688,16 +692,22 @@ def _refine(
         r = exact.forward(x)
         r.z, r.g = b.z - r.z, b.g - r.g
         norm = float(exact.adjoint(r).norm())
-        if norm < previous:
-            best = x
+        if norm < previous or not rounds:
+            best, unexplained = x, r
         if norm <= target or done >= cap:
             return best, rounds, norm <= 1e3 * target
-        if norm > previous / 4:
+        if not norm <= previous / 4:  # NaN, too
             if not use_single:
-                return best, rounds, min(norm, previous) <= 1e4 * target
+                return best, rounds, min(previous, norm) <= 1e4 * target
             use_single = False
-        previous = min(norm, previous)
-        step = _round(single if use_single else exact, r, 0.3 * target / norm, cap - done, progress)
+        previous = min(previous, norm)
+        step = _round(
+            single if use_single else exact,
+            unexplained,
+            0.3 * target / previous,
+            cap - done,
+            progress,
+        )
         rounds.append(step)
         x = best + step.x
 

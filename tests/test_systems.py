@@ -621,3 +621,13 @@ def test_a_system_stays_on_its_device(dense: bool) -> None:
     found = system.solve(z.cuda(), g.cuda(), dense=dense)
     assert found.inputs.is_cuda and found.full_rank
     torch.testing.assert_close(found.inputs.cpu(), x, rtol=1e-9, atol=1e-9)
+
+
+def test_what_float32_clients_send_is_solved_to_its_own_precision_and_ends() -> None:
+    module = _seed(nn.Conv2d(3, 11, 5, stride=2, padding=2), 5)
+    x, k, z, g = _problem(module, (3, 24, 24))
+    system = LayerSystem(module, k.float(), (3, 24, 24))
+    found = system.solve(z.float(), g.float(), dense=False)
+    assert found.full_rank and found.converged and found.iterations < 5000
+    assert float((found.inputs - x).norm() / x.norm()) < 1e-5
+    assert 1e-9 < found.residual < 1e-6
