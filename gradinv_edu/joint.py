@@ -14,7 +14,7 @@ from .systems import LayerSystem, Rows
 
 KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 ROUNDS = 60
-LARGEST = 8192  # unknowns up to which the joint system is solved, as a dense matrix
+LARGEST = 4096  # unknowns up to which the joint system is solved, as a dense matrix
 DROPPED = 0.25  # share of the spare equations given up for units too near the kink to tell
 SETTLED = 1e-9  # relative residual of a round that explains everything
 NULL = 1e-9  # singular values below this share of the largest count as zero
@@ -45,10 +45,12 @@ class Floor:
 
     @property
     def unknowns(self) -> int:
+        """Entries of its input."""
         return math.prod(self.input_shape)
 
     @property
     def kinked(self) -> bool:
+        """Whether an activation above has a slope that jumps."""
         return any(isinstance(m, KINKED) for m in self.above)
 
     def offset(self, like: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class Floor:
         with torch.no_grad():
             rows = [
                 self.module(part.reshape(-1, *self.input_shape)).flatten(1)
-                for part in identity.split(256)
+                for part in torch.split(identity, 256)
             ]
         return (torch.cat(rows) - self.offset(like).flatten()).T
 
@@ -139,7 +141,7 @@ def solve(
     *,
     progress: Progress | None = None,
 ) -> JointSolution:
-    r""":math:`W_l x_l + b_l = z_l,\quad \sigma(z_l) = x_{l+1}` for the floors below, :math:`x_{\text{top}} = x_{\min} + N c` above.
+    r""":math:`\sigma(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\text{top}} = x_{\min} + N c` above.
 
     A layer that lacks equations borrows from the layers below it: what they put out lives in
     the range of ``W``, which has fewer dimensions than entries ("virtual constraints"). The
@@ -218,7 +220,8 @@ def _null_space(A: Tensor, factor: Tensor, shift: float, largest: float, missing
         open_ = seen < 10 * NULL * largest
         if not bool(open_.all()) or width == A.shape[1]:
             null: Tensor = basis @ V.T[:, open_]
-            return torch.linalg.qr(null).Q
+            orthonormal: Tensor = torch.linalg.qr(null).Q
+            return orthonormal
         width = min(A.shape[1], 2 * width)
 
 
@@ -253,12 +256,12 @@ class _Problem:
 
     def inputs(self) -> list[Tensor]:
         """Input of every floor, then of the deficient layer."""
-        *parts, c = self.v.split(self.sizes)
+        *parts, c = torch.split(self.v, self.sizes)
         shaped = [p.reshape(1, *f.input_shape) for p, f in zip(parts, self.floors, strict=True)]
         return [*shaped, (self.least + self.null @ c).reshape(1, *self.top_shape)]
 
     def linearised(self, masked: bool) -> tuple[Tensor, Tensor]:
-        r"""Rows :math:`\sigma'(z)\,(W x_l + b - z) + \sigma(z) - x_{l+1} = 0` at the present ``z``."""
+        r"""Rows :math:`\sigma'(z)(W x_l + b - z) + \sigma(z) - x_{l+1} = 0` at present ``z``."""
         rows, rhs, left = [], [], 0
         for level, (floor, W) in enumerate(zip(self.floors, self.matrices, strict=True)):
             z = self.z[level]
@@ -335,7 +338,8 @@ def _least_squares(A: Tensor, b: Tensor) -> Tensor | None:
     x = torch.zeros_like(A[0])
     for _ in range(5):
         x = x + torch.cholesky_solve((A.T @ (b - A @ x))[:, None], factor)[:, 0]
-    return x / scale
+    unscaled: Tensor = x / scale
+    return unscaled
 
 
 def _extreme_singular_values(A: Tensor) -> tuple[float, float]:

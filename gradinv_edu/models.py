@@ -321,6 +321,54 @@ def wide_cnn(
     return _drawn(net, generator, dtype, device)
 
 
+def photo_cnn(
+    input_shape: Shape = (3, 224, 224),
+    outputs: int = 10,
+    activation: str = "leaky_relu",
+    bias: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> nn.Sequential:
+    """Four convolutions (16, 72, 80, 96 filters, two of stride 2) and a dense layer.
+
+    Its equations determine photographs of ordinary size.
+
+    Parameters
+    ----------
+    input_shape : sequence of int
+        ``(C, H, W)`` of a picture.
+    outputs : int
+        Number of logits.
+    activation : str
+        One of :data:`ACTIVATIONS`.
+    bias : bool
+        Whether the layers have biases.
+    generator : torch.Generator, optional
+        Source of the weights; ``None``: a fixed seed.
+    dtype, device
+        Of the parameters.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        Convolutions at places 0, 2, 4, 6, ``Flatten`` at 8, the dense layer at 9.
+
+    Raises
+    ------
+    ValueError
+        If a size is not a positive whole number, or the picture is too small.
+    UnknownNameError
+        If there is no such activation.
+    """
+    channels = _picture_shape(input_shape)[0]
+    plan = [(channels, 16, 4, 2, 1), (16, 72, 4, 2, 1), (72, 80, 3, 1, 1), (80, 96, 3, 1, 1)]
+    layers = _convolutions(plan, activation, bias)
+    net = _classifier(layers, input_shape, outputs, bias)
+    return _drawn(net, generator, dtype, device)
+
+
 def _rgap_layers(input_shape: Shape, second: int, activation: str, bias: bool) -> list[nn.Module]:
     plan = [
         (_picture_shape(input_shape)[0], 12, 4, 2, 2),

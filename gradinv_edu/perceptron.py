@@ -91,7 +91,7 @@ def recover_penalised_input(
 
     Notes
     -----
-    Source: derived here; Phong et al. (2018) treat a regularised loss too.
+    Source: derived here.
     """
     if not (math.isfinite(penalty) and penalty >= 0):
         raise ValueError(f"penalty must be zero or positive, got {penalty!r}.")

@@ -23,6 +23,7 @@ CHUNK = 32  # columns of the Jacobian at a time
 PROBES = 64  # random combinations of rows from which a diagonal is estimated
 SHIFT = 1e-13  # of the largest eigenvalue: what rounding leaves of a Gram matrix's zeros
 HALVINGS = 8
+STALLED = 1e-6  # a step that lowers the mismatch by less, relatively, was the last
 ROUNDING = 32  # entries of a gradient differ by this many units of rounding between programs
 TRACE = 1e-3  # share of a random start's size per entry under which nothing is left of it
 
@@ -143,12 +144,13 @@ def polish(
     progress: Progress | None = None,
     generator: torch.Generator | None = None,
 ) -> Polish:
-    r""":math:`x \leftarrow x + \arg\min_d \lVert J d - D\,(g - g(x)) \rVert`, with :math:`J = D\,\partial g/\partial x`.
+    r""":math:`x \leftarrow x + \arg\min_d \lVert J d - D\,(g - g(x)) \rVert` (Gauss-Newton).
 
+    ``g`` is the client's gradient, ``g(x)`` the model's at ``x``, and ``J = D ∂g(x)/∂x``.
     Each equation is weighted by ``D``, one over the largest entry of its parameter's gradient,
     because rounding in a gradient is relative to that. A step that does not lower the mismatch
-    is halved until it does; the polish ends where none does or where steps fall far below the
-    error that noise leaves anyway. Implements :eq:`gauss-newton`.
+    is halved until it does; the polish ends where none lowers it any more.
+    Implements :eq:`gauss-newton`.
 
     Parameters
     ----------
@@ -260,13 +262,13 @@ class _Jacobian:
 
 def _linearize(match: _Match, x: Tensor) -> tuple[Tensor, _Jacobian]:
     """Residual and its Jacobian; the adjoint is linear, so its own adjoint is the Jacobian."""
-    residual, back = vjp(match.residual, x)
+    residual, back = vjp(match.residual, x)[:2]
 
     def pull(v: Tensor) -> Tensor:
         row: Tensor = back(-v)[0]  # the residual falls where the gradient rises
         return row
 
-    _, forth = vjp(pull, torch.zeros_like(residual))
+    forth = vjp(pull, torch.zeros_like(residual))[1]
 
     def push(d: Tensor) -> Tensor:
         column: Tensor = forth(d)[0]
@@ -325,9 +327,9 @@ def _rows(jacobian: _Jacobian, run: _Run, equations: int) -> Tensor:
 def _sketch(equations: int, width: int, run: _Run) -> Callable[[Tensor], Tensor]:
     """Add the equations up, with random signs, in ``width`` random groups."""
     device, generator = run.x.device, run.generator
-    bucket = torch.randint(
-        width, (equations,), generator=generator, device=generator.device
-    ).to(device)
+    bucket = torch.randint(width, (equations,), generator=generator, device=generator.device).to(
+        device
+    )
     sign = torch.randint(2, (equations,), generator=generator, device=generator.device)
     signs = (2 * sign - 1).to(device, run.x.dtype)
     return lambda block: block.new_zeros(len(block), width).index_add_(1, bucket, block * signs)
@@ -361,7 +363,6 @@ class _Solve:
 
     direction: Tensor
     values: tuple[float, float]  # smallest and largest singular value seen, preconditioned
-    converged: bool
 
 
 @dataclass
@@ -396,14 +397,9 @@ class _Run:
             if length == 0:
                 break
             residual, jacobian = _linearize(self.match, self.x)
-            if float(length * step.norm()) < 0.01 * self._rounding() * float(self.x.norm()):
+            if self.mismatches[-1] > (1 - STALLED) * self.mismatches[-2]:
                 break
         self.jacobian = jacobian
-
-    def _rounding(self) -> float:
-        """Relative error of the inputs that rounding of the client's gradient leaves, about."""
-        spread = math.sqrt(self.x.numel() / self.preconditioner.low)
-        return self.match.eps * spread / max(float(self.x.norm()), 1e-300)
 
     def _search(self, step: Tensor) -> float:
         """Longest of the halved steps that lowers the mismatch, taken; 0 if none does."""
@@ -416,9 +412,7 @@ class _Run:
                 return length
         return 0.0
 
-    def _solve(
-        self, jacobian: _Jacobian, residual: Tensor, start: Tensor | None = None
-    ) -> _Solve:
+    def _solve(self, jacobian: _Jacobian, residual: Tensor, start: Tensor | None = None) -> _Solve:
         """``min ‖J d − r‖`` by preconditioned conjugate gradients on the normal equations."""
         d = torch.zeros_like(self.x) if start is None else start
         r = residual if start is None else residual - jacobian.push(start)
@@ -427,10 +421,7 @@ class _Run:
         gamma = first = float((s * z).sum())
         alphas: list[float] = []
         betas: list[float] = []
-        gone = 0.0 if start is None else TRACE * float(start.norm()) / math.sqrt(start.numel())
-        while gamma > self._tolerance() ** 2 * first and len(alphas) < self._cap():
-            if float(d.norm()) < gone:
-                break
+        while len(alphas) < self._cap() and not self._solved(d, r, gamma, first, start):
             q = jacobian.push(p)
             alphas.append(gamma / float(q.square().sum()))
             d, r = d + alphas[-1] * p, r - alphas[-1] * q
@@ -440,10 +431,21 @@ class _Run:
             betas.append(gamma / previous)
             p = z + betas[-1] * p
             self.count(1)
-        return _Solve(d, ritz_values(alphas, betas), len(alphas) < self._cap())
+        return _Solve(d, ritz_values(alphas, betas))
+
+    def _solved(
+        self, d: Tensor, r: Tensor, gamma: float, first: float, start: Tensor | None
+    ) -> bool:
+        if start is not None:
+            return self._left(d, start) < TRACE or gamma <= 1e-24 * first
+        noise = float(r.square().mean()) * d.numel()  # what gamma would be for noise alone
+        return gamma <= self._tolerance() ** 2 * max(first, noise)
 
     def _tolerance(self) -> float:
         return 1e-8 if self.x.numel() <= DENSE_UNKNOWNS else 1e-6
+
+    def _left(self, d: Tensor, start: Tensor) -> float:
+        return float(d.norm() / start.norm()) * math.sqrt(start.numel())
 
     def _cap(self) -> int:
         return 10_000 + 4 * math.isqrt(self.x.numel())
@@ -453,11 +455,10 @@ class _Run:
         start = self.noise(self.x.shape)
         zero = self.x.new_zeros(self.equations)
         test = self._solve(self.jacobian, zero, start)
-        left = float(test.direction.norm() / start.norm()) * math.sqrt(start.numel())
         smallest = test.values[0] * math.sqrt(self.preconditioner.low)
         largest = test.values[1] * math.sqrt(self.preconditioner.high)
         seen = smallest > RANK_TOLERANCE * largest and self.equations >= self.x.numel()
-        full_rank = test.converged and left < TRACE and seen
+        full_rank = self._left(test.direction, start) < TRACE and seen
         return Polish(
             inputs=self.x,
             mismatches=tuple(self.mismatches),
@@ -470,7 +471,7 @@ class _Run:
         )
 
     def _error(self, smallest: float) -> float:
-        """Noise as the equations to spare show it, carried to the input by the weakest direction."""
+        """Noise, as the spare equations show it, carried to the input by the weakest direction."""
         spare = max(self.equations - self.x.numel(), 1) / self.equations
         noise = max(self.mismatches[-1] / math.sqrt(spare), self.match.eps)
         unit = smallest * max(float(self.x.norm()), 1e-300)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 
 from . import fully_connected, joint
+from . import polish as polishing
 from .activations import NORMS, undo
 from .chain import Step, trace
 from .errors import (
@@ -161,6 +162,8 @@ class _Walk:
     constraints: str
     progress: bool
     generator: torch.Generator | None
+    polish: bool = False
+    together: bool = True
     reports: list[LayerReport] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -190,10 +193,12 @@ def recover(
     loss: nn.Module,
     *,
     constraints: str = "both",
+    together: bool = True,
+    polish: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Recovery:
-    r""":math:`k_{\text{below}} = (W^\top k) \odot \sigma'(z_{\text{below}})`, and at each layer its equations for x.
+    r""":math:`k_{\text{below}} = (W^\top k) \odot \sigma'(z_{\text{below}})`, layer after layer.
 
     The recursion from the loss, or from the lowest dense layer whose bias gradient gives ``k``
     directly, down to the input. Implements :eq:`recursion-delta`.
@@ -212,6 +217,13 @@ def recover(
         ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``MSELoss``.
     constraints : {"both", "weight", "gradient"}
         Which equations convolutions may use; one set alone for study.
+    together : bool
+        Solve a layer that lacks equations together with the layers below
+        (:func:`gradinv_edu.joint.solve`); ``False`` for study.
+    polish : bool
+        Go on by Gauss-Newton on the whole gradient (:func:`gradinv_edu.polish.polish`), which wins
+        back the digits that float32 gradients lose on the way down; its verdict replaces the
+        layers'.
     generator : torch.Generator, optional
         Of the random starts that test the rank.
     progress : bool
@@ -246,7 +258,7 @@ def recover(
     device = next(model.parameters()).device
     dtype = _coarsest(update.gradients)
     gradients = {n: g.detach().to(device, torch.float64) for n, g in update.gradients.items()}
-    walk = _Walk(steps, gradients, dtype, constraints, progress, generator)
+    walk = _Walk(steps, gradients, dtype, constraints, progress, generator, polish, together)
     candidates = _candidates(walk, update, loss)
     return _judge(candidates, walk)
 
@@ -276,7 +288,11 @@ def _best_effort(
 ) -> Candidate:
     """Follow the branch that got farthest, once more, without turning back at a contradiction."""
     branch, start, target, error = max(
-        failures, key=lambda f: (len(f[0].reports), -f[0].reports[-1].residual)
+        failures,
+        key=lambda f: (
+            len(f[0].reports),
+            -min((r.residual for r in f[0].reports[-1:]), default=0.0),
+        ),
     )
     if len(failures) == 1:
         raise error
@@ -290,7 +306,39 @@ def _candidate(
     mismatch = None
     if update.local_steps == 1 and target is not None:
         mismatch = _mismatch(walk, x, target, loss)
-    return Candidate(x, target, tuple(walk.reports), mismatch, walk.determined)
+    found = Candidate(x, target, tuple(walk.reports), mismatch, walk.determined)
+    return _polished(walk, found, loss) if walk.polish and mismatch is not None else found
+
+
+def _polished(walk: _Walk, found: Candidate, loss: nn.Module) -> Candidate:
+    """The candidate after Gauss-Newton, or as it was where that does not get off the ground."""
+    assert found.targets is not None
+    gradient_at = polishing.chain_gradient(walk.steps, walk.kept, loss, found.targets)
+    try:
+        better = polishing.polish(
+            gradient_at, found.inputs, walk.gradients, walk.dtype, generator=walk.generator
+        )
+    except InconsistentGradientError:
+        return found
+    report = LayerReport(
+        name="polish",
+        unknowns=found.inputs.numel(),
+        equations=sum(g.numel() for g in walk.gradients.values()),
+        residual=better.mismatches[-1],
+        iterations=better.iterations,
+        full_rank=better.full_rank,
+        undetermined=0.0,
+        smallest_singular_value=better.smallest_singular_value,
+        error=better.error,
+    )
+    accurate = better.error <= TOLERANCES[walk.dtype][1]
+    return Candidate(
+        inputs=better.inputs,
+        targets=found.targets,
+        layers=(*found.layers, report),
+        mismatch=_mismatch(walk, better.inputs, found.targets, loss),
+        determined=better.full_rank and better.at_noise and accurate,
+    )
 
 
 def _judge(candidates: list[Candidate], walk: _Walk) -> Recovery:
@@ -345,8 +393,8 @@ def _lowest_biased(walk: _Walk) -> int | None:
     for index, step in enumerate(walk.steps):
         if isinstance(step.module, nn.Linear) and len(step.input_shape) == 1:
             bias = walk.gradient(step, "bias")
-            sent = walk.gradient(step, "weight") is not None and bias is not None
-            if sent and bool(bias.any()):
+            sent = walk.gradient(step, "weight") is not None
+            if sent and bias is not None and bool(bias.any()):
                 return index
     return None
 
@@ -465,7 +513,7 @@ def _inside(module: nn.Module) -> float:
 
 
 def _block(steps: Sequence[Step], position: int) -> list[Step]:
-    """Steps down from ``position`` that are linear together: pools with the layer that feeds them."""
+    """Steps down from ``position`` that are linear together: pools and the layer feeding them."""
     block = [steps[position]]
     if steps[position].weighted:
         return block
@@ -515,7 +563,7 @@ def _solve(walk: _Walk, state: _State, position: int) -> tuple[_State, int]:
     k = _pull_back(module, state.k, solution.inputs)
     noise = max(3 * solution.residual, walk.eps)
     lone = _State(solution.inputs, None, k, noise, error)
-    if not solution.full_rank and walk.constraints == "both":
+    if not solution.full_rank and walk.together and walk.constraints == "both":
         together = _solve_together(walk, state, block, system, solution, lone, below)
         if together is not None:
             return together
@@ -676,7 +724,7 @@ def _name(block: list[Step]) -> str:
 
 def _pull_back(module: nn.Module, k: Tensor, x: Tensor) -> Tensor:
     """``Wᵀ k`` for a layer linear in its input."""
-    _, pull = vjp(module, torch.zeros_like(x))
+    pull = vjp(module, torch.zeros_like(x))[1]
     below: Tensor = pull(k)[0]
     return below
 
@@ -713,7 +761,7 @@ def _mismatch(walk: _Walk, x: Tensor, target: Tensor, loss: nn.Module) -> float 
     dropped = [s for s in walk.steps if _random_step(s) and s.name not in walk.kept]
     if dropped:  # a mask that was never seen: the gradient cannot be recomputed
         return None
-    found = _gradient_at(walk, x, target, loss)
+    found = polishing.chain_gradient(walk.steps, walk.kept, loss, target)(x)
     top = max(float(g.norm()) for g in walk.gradients.values())
     gaps = [
         float((found[n] - g).norm()) / max(float(g.norm()), 1e-3 * top)
@@ -726,26 +774,3 @@ def _mismatch(walk: _Walk, x: Tensor, target: Tensor, loss: nn.Module) -> float 
 def _random_step(step: Step) -> bool:
     module = step.module
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-
-
-def _gradient_at(walk: _Walk, x: Tensor, target: Tensor, loss: nn.Module) -> dict[str, Tensor]:
-    names, parameters = [], []
-    for step in walk.steps:
-        for name, parameter in step.module.named_parameters():
-            names.append(f"{step.name}.{name}" if step.name else name)
-            parameters.append(parameter.requires_grad_())
-    with torch.enable_grad():
-        value = loss(_forward(walk, x), target)
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    return {
-        n: torch.zeros_like(p) if g is None else g
-        for n, p, g in zip(names, parameters, gradients, strict=True)
-    }
-
-
-def _forward(walk: _Walk, x: Tensor) -> Tensor:
-    for step in walk.steps:
-        x = x * walk.kept[step.name] if step.name in walk.kept else step.module(x)
-    return x

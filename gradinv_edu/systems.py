@@ -624,7 +624,7 @@ def solve_iteratively(
     exact = ScaledSystem(system, torch.float64)
     start = _dye(exact, b, system, generator)
     x, rounds, converged = _refine(system, exact, b, start, cap, progress, noise)
-    smallest, largest = ritz_values(rounds[0].alphas, rounds[0].betas)
+    smallest, largest = ritz_values(rounds[0].alphas, rounds[0].betas) if rounds else (0.0, 0.0)
     left = 0.0
     if _stained(start, x):  # too large for an answer: a second solve, undyed, tells
         plain, more, converged = _refine(
