@@ -141,7 +141,7 @@ def solve(
     *,
     progress: Progress | None = None,
 ) -> JointSolution:
-    r""":math:`\sigma(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\text{top}} = x_{\min} + N c` above.
+    r""":math:`\sigma(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\min} + N c` above.
 
     A layer that lacks equations borrows from the layers below it: what they put out lives in
     the range of ``W``, which has fewer dimensions than entries ("virtual constraints"). The

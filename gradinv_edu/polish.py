@@ -23,6 +23,7 @@ CHUNK = 32  # columns of the Jacobian at a time
 PROBES = 64  # random combinations of rows from which a diagonal is estimated
 SHIFT = 1e-13  # of the largest eigenvalue: what rounding leaves of a Gram matrix's zeros
 HALVINGS = 8
+GAIN = 10  # a polish that neither ends at noise nor gains this much has fitted nothing
 STALLED = 1e-6  # a step that lowers the mismatch by less, relatively, was the last
 ROUNDING = 32  # entries of a gradient differ by this many units of rounding between programs
 TRACE = 1e-3  # share of a random start's size per entry under which nothing is left of it
@@ -187,6 +188,10 @@ def polish(
     -----
     Up to 4096 unknowns the Gram matrix at the first point, inverted once, preconditions the
     conjugate gradients of every step; above, its estimated diagonal does.
+
+    The gradient must be smooth between start and answer. Where a leaky ReLU's unit lies on the
+    wrong side of its kink, the least-squares step fits the jump and leads away: a polish that
+    neither ends at noise nor lowers the mismatch tenfold gives back what it began from.
     """
     if steps < 1:
         raise ValueError(f"steps is at least 1, not {steps}.")
@@ -387,7 +392,8 @@ class _Run:
             self.progress(self.iterations, self.mismatches[-1])
 
     def descend(self, steps: int) -> None:
-        residual, jacobian = _linearize(self.match, self.x)
+        begun = self.x
+        residual, jacobian = _linearize(self.match, begun)
         self.equations = residual.numel()
         self.mismatches = [_rms(residual)]
         self.preconditioner = _precondition(jacobian, self, self.equations)
@@ -399,7 +405,13 @@ class _Run:
             residual, jacobian = _linearize(self.match, self.x)
             if self.mismatches[-1] > (1 - STALLED) * self.mismatches[-2]:
                 break
+        if not self._at_noise() and self.mismatches[-1] > self.mismatches[0] / GAIN:
+            self.x, self.mismatches = begun, self.mismatches[:1]
+            jacobian = _linearize(self.match, begun)[1]
         self.jacobian = jacobian
+
+    def _at_noise(self) -> bool:
+        return self.mismatches[-1] <= ROUNDING * self.match.eps
 
     def _search(self, step: Tensor) -> float:
         """Longest of the halved steps that lowers the mismatch, taken; 0 if none does."""
@@ -466,7 +478,7 @@ class _Run:
             largest_singular_value=largest,
             full_rank=full_rank,
             error=self._error(smallest) if full_rank else math.inf,
-            at_noise=self.mismatches[-1] <= ROUNDING * self.match.eps,
+            at_noise=self._at_noise(),
             iterations=self.iterations,
         )
 

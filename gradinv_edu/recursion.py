@@ -133,12 +133,18 @@ class Recovery:
     def __str__(self) -> str:
         head = f"{'layer':<16}{'unknowns':>9}{'equations':>10}{'residual':>10}{'rank':>11}"
         lines = [
-            f"{r.name:<16}{r.unknowns:>9}{r.equations:>10}{r.residual:>10.0e}"
+            f"{r.name:<16}{r.unknowns:>9}{r.equations:>10}{_bound(r.residual):>10}"
             f"{'full' if r.full_rank else 'deficient':>11}"
             for r in self.layers
         ]
         twins = f", {len(self.candidates)} answers explain it" if len(self.candidates) > 1 else ""
         return "\n".join([head, *lines, f"exact: {self.exact}{twins}"])
+
+
+def _bound(residual: float) -> str:
+    """Rough upper bound, the same on every machine that rounds a little differently."""
+    bounds = (1e-12, 1e-8, 1e-5, 1e-2)
+    return next((f"< {b:.0e}" for b in bounds if residual < b), "> 1e-02")
 
 
 @dataclass

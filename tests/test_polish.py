@@ -158,6 +158,16 @@ def test_a_far_start_still_lowers_the_mismatch() -> None:
     assert metrics.relative_error(done.inputs, x) < 1e-10
 
 
+def test_across_a_kink_the_start_is_given_back() -> None:
+    model = models.cnn6_d((3, 8, 8), outputs=4, dtype=torch.float64)
+    x = data.photo("astronaut", size=8).double()
+    begun = _near(x, 0.05)
+    done = polish.polish(_gradient_at(model, (3, 8, 8)), begun, _sent(model, x), torch.float64)
+    assert not done.at_noise
+    assert torch.equal(done.inputs, begun)
+    assert len(done.mismatches) == 1
+
+
 # --- errors and manners ---------------------------------------------------------------------------
 
 
