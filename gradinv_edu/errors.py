@@ -37,3 +37,11 @@ class UpdateFileError(GradientInversionError, OSError):
 
 class UnknownNameError(GradientInversionError, LookupError):
     """No picture, model or method goes by this name; the message lists those that do."""
+
+
+class InvalidArgumentError(GradientInversionError, ValueError):
+    """An argument has a value that cannot be; the message says which values can."""
+
+
+class NotRecoveredError(GradientInversionError, RuntimeError):
+    """The search ended, by its budget or by itself, without an answer that may be trusted."""
