@@ -1,6 +1,6 @@
-"""Import time, and recoveries as ratios to one forward and backward pass of the same net.
+"""Import time; recoveries as ratios to one forward and backward pass of the same net; audits.
 
-Usage: python -m benchmarks [import] [recovery] [growth]   (all three by default)
+Usage: python -m benchmarks [import] [recovery] [growth] [audit]   (all by default)
 """
 
 from __future__ import annotations
@@ -93,9 +93,28 @@ def growth(sizes: tuple[int, ...] = (32, 64, 128, 224)) -> None:
     print(f"CPU seconds grow as pixels^{float(slope):.2f}")
 
 
+def audits() -> None:
+    """CPU seconds and peak memory of audits, each in a process of its own."""
+    nets = {
+        "cnn6 32": "gi.models.cnn6(outputs=10), (3, 32, 32)",
+        "lenet 32": "gi.models.lenet(), (3, 32, 32)",
+        "resnet18 224": "torchvision.models.resnet18(weights=None), (3, 224, 224)",
+    }
+    for name, arguments in nets.items():
+        code = (
+            "import resource, time, torch, torchvision, gradinv_edu as gi; torch.manual_seed(0); "
+            f"t = time.process_time(); gi.audit({arguments}, jacobian=False); "
+            "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20; "
+            "print(f'{time.process_time() - t:.1f} CPU s, peak {peak:.1f} GiB')"
+        )
+        spent = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], text=True)
+        print(f"audit of {name}: {spent.strip()}")
+
+
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["import", "recovery", "growth"]
+    wanted = sys.argv[1:] or ["import", "recovery", "growth", "audit"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    for name, run in (("import", import_time), ("recovery", recovery), ("growth", growth)):
+    runs = {"import": import_time, "recovery": recovery, "growth": growth, "audit": audits}
+    for name, run in runs.items():
         if name in wanted:
             run()

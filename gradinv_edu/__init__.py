@@ -12,28 +12,39 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import (
         activations,
+        batches,
         chain,
         checks,
         convolution,
+        coursework,
         data,
+        defenses,
         errors,
         fully_connected,
+        grade,
         joint,
+        krylov,
         metrics,
         models,
+        optimization,
         perceptron,
         plotting,
         polish,
+        rank,
         recursion,
         sharing,
+        sparse,
         systems,
     )
+    from .rank import Audit, audit
     from .recursion import Recovery, recover
     from .sharing import Update, observe
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Audit": "rank",
+    "audit": "rank",
     "Update": "sharing",
     "observe": "sharing",
     "Recovery": "recursion",
@@ -41,25 +52,35 @@ _HOMES = {
 }
 
 __all__ = [
+    "Audit",
     "Recovery",
     "Update",
     "activations",
+    "audit",
+    "batches",
     "chain",
     "checks",
     "convolution",
+    "coursework",
     "data",
+    "defenses",
     "errors",
     "fully_connected",
+    "grade",
     "joint",
+    "krylov",
     "metrics",
     "models",
     "observe",
+    "optimization",
     "perceptron",
     "plotting",
     "polish",
+    "rank",
     "recover",
     "recursion",
     "sharing",
+    "sparse",
     "systems",
 ]
 

@@ -1,4 +1,4 @@
-"""A dense layer's gradient, and all that it says of one sample."""
+"""A dense layer's gradient, and all that it says of one sample, or of a batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, sparse
 from .errors import (
     InconsistentGradientError,
+    InvalidArgumentError,
     InvalidTensorError,
     UndeterminedScaleError,
     UnknownNameError,
@@ -148,14 +149,357 @@ def recover_input(weight_gradient: Tensor, bias_gradient: Tensor, method: str = 
     """
     if method not in METHODS:
         raise UnknownNameError(f"No method {method!r}; there are {', '.join(METHODS)}.")
+    return METHODS[method](*_pair(weight_gradient, bias_gradient))
+
+
+def _pair(weight_gradient: Tensor, bias_gradient: Tensor | None) -> tuple[Tensor, Tensor]:
     G = checks.shaped(weight_gradient, "weight_gradient", (None, None))
-    b = checks.shaped(bias_gradient, "bias_gradient", (None,))
+    if bias_gradient is None:
+        raise UndeterminedScaleError(
+            "bias_gradient is missing: without it the weight gradient gives every sample's "
+            "direction at most, not its length."
+        )
+    b = checks.shaped(bias_gradient, "bias_gradient", (None,)).to(G.device)
     if len(b) != len(G):
         raise InvalidTensorError(
             f"weight_gradient has {len(G)} rows and bias_gradient {len(b)} entries: they do not "
             "belong to the same layer."
         )
-    return METHODS[method](G, checks.not_all_zero(b, "bias_gradient"))
+    return G, checks.not_all_zero(b, "bias_gradient")
+
+
+# --- a batch --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Isolated:
+    """A sample that several rows name alike: ``x``, ``(n,)``, and those ``rows``."""
+
+    x: Tensor
+    rows: Tensor
+
+
+def isolated_samples(
+    weight_gradient: Tensor, bias_gradient: Tensor, tolerance: float | None = None
+) -> list[Isolated]:
+    r""":math:`G_i / b_i = G_j / b_j \Rightarrow` one sample alone excites rows i and j: it is this.
+
+    A row's ratio is a mixture of the samples that excite it, in shares that differ from row to
+    row; two rows agree only where there was nothing to mix. No truth is needed to see that.
+    Under a network with a single output (or two classes) the shares depend on nothing but which
+    samples excite a row, so that mixtures agree too; that is refused where it shows. Implements
+    :eq:`lonely-rows`.
+
+    Parameters
+    ----------
+    weight_gradient, bias_gradient : Tensor
+        ``(m, n)`` and ``(m,)``, of a batch of any size.
+    tolerance : float, optional
+        Greatest relative difference of ratios that count as equal; by default, what rounding of
+        the client's type explains.
+
+    Returns
+    -------
+    list of Isolated
+        The sample of most rows first; each from the row of its largest bias gradient.
+
+    Raises
+    ------
+    InvalidTensorError, VanishingGradientError, UndeterminedScaleError
+        As :func:`recover_batch`.
+    InconsistentGradientError
+        If there are more groups of equal rows than the gradient's rank has room for: some are
+        mixtures.
+    """
+    G, b = _pair(weight_gradient, bias_gradient)
+    eps = sparse.rounding(G)
+    groups = _groups(G, b, 1e3 * eps if tolerance is None else tolerance)
+    found = [Isolated(G[r[0]] / b[r[0]], r) for r in groups]
+    if found:
+        _check_independent(torch.stack([f.x for f in found]))
+    return sorted(found, key=lambda f: -len(f.rows))
+
+
+def _groups(G: Tensor, b: Tensor, tolerance: float) -> list[Tensor]:
+    """Rows of equal ratio, two or more; in each group the largest bias gradient first."""
+    rows = b.abs().argsort(descending=True)
+    rows = rows[b[rows] != 0]
+    ratios = G[rows] / b[rows, None]
+    size = ratios.norm(dim=1)
+    groups, free = [], torch.ones(len(rows), dtype=torch.bool, device=G.device)
+    for place in range(len(rows)):
+        near = (ratios - ratios[place]).norm(dim=1) <= tolerance * size[place]
+        near &= free
+        if bool(free[place]) and int(near.sum()) > 1:
+            groups.append(rows[near])
+        free &= ~near
+    return groups
+
+
+def _check_independent(x: Tensor) -> None:
+    whole = torch.cat([x, x.norm(dim=1).mean().expand(len(x), 1)], dim=1)
+    S = torch.linalg.svdvals(whole)
+    if len(x) > whole.shape[1] or float(S[-1]) < 1e-6 * float(S[0]):
+        raise InconsistentGradientError(
+            f"{len(x)} groups of rows have equal ratios, but these are mixtures of one another: "
+            "rows are mixed in equal shares, as under a network with a single output, and "
+            "equality proves nothing there."
+        )
+
+
+def expected_isolated(rows: int, batch_size: int, active: float) -> float:
+    r""":math:`m\,N\,q\,(1 - q)^{N-1}`: rows that one sample alone excites.
+
+    In a layer of m rows, each excited by each of N samples with probability q, independently.
+    Largest at q = 1/N, where it is nearly m/e. Implements :eq:`isolated-count`.
+
+    Parameters
+    ----------
+    rows, batch_size : int
+        m and N.
+    active : float
+        q, in [0, 1].
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    InvalidArgumentError
+        If m or N is not a positive whole number, or q no probability.
+
+    Examples
+    --------
+    >>> expected_isolated(1000, 4, 0.5)
+    250.0
+    """
+    _positive(rows, "rows")
+    _positive(batch_size, "batch_size")
+    if not 0 <= active <= 1:
+        raise InvalidArgumentError(f"active is a probability, from 0 to 1; got {active!r}.")
+    return rows * batch_size * active * (1 - active) ** (batch_size - 1)
+
+
+def _positive(value: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgumentError(f"{name} must be a whole number, one or more; got {value!r}.")
+    return value
+
+
+def count_labels(
+    bias_gradient: Tensor, batch_size: int, probabilities: Tensor | None = None
+) -> Tensor:
+    r""":math:`\text{count}_c = \sum_n p_{nc} - N\,\partial L/\partial b_c`: labels of a batch.
+
+    For softmax cross-entropy averaged over the batch; ``b`` is the last layer's bias. Exact
+    where the predictions of the samples themselves are known; otherwise an estimate, which
+    supposes that they are on average as given. Implements :eq:`label-counts`.
+
+    Parameters
+    ----------
+    bias_gradient : Tensor
+        ``(C,)``.
+    batch_size : int
+        N.
+    probabilities : Tensor, optional
+        ``(N, C)``: the predictions of the samples, once they are recovered. ``(C,)``: a mean
+        prediction, for instance over samples like them. ``None``: 1/C each, as an untrained
+        network predicts, nearly.
+
+    Returns
+    -------
+    Tensor
+        ``(C,)``, int64, adds up to N.
+
+    Raises
+    ------
+    InvalidTensorError
+        If a shape is wrong or a tensor is not finite floating point.
+    InvalidArgumentError
+        If the batch size is not a positive whole number.
+    InconsistentGradientError
+        If exact predictions do not give whole numbers: they belong to other samples, or the
+        batch size or the loss is another.
+
+    Examples
+    --------
+    >>> count_labels(torch.tensor([-0.25, 0.25, 0.0]), 4, torch.tensor([0.25, 0.25, 0.5]))
+    tensor([2, 0, 2])
+    """
+    b = checks.shaped(bias_gradient, "bias_gradient", (None,))
+    _positive(batch_size, "batch_size")
+    exact = probabilities is not None and probabilities.dim() == 2
+    counts = _predicted(probabilities, batch_size, b) - batch_size * b
+    rounded = _apportioned(counts.clamp_min(0), batch_size)
+    if exact and float((counts - rounded).abs().max()) > 0.1:
+        raise InconsistentGradientError(
+            f"With these predictions the counts are {[round(c, 2) for c in counts.tolist()]}, not "
+            "whole numbers: they are of other samples, or the batch size or the loss is another."
+        )
+    return rounded
+
+
+def _predicted(probabilities: Tensor | None, batch_size: int, b: Tensor) -> Tensor:
+    """``Σ_n p_n``, ``(C,)``."""
+    if probabilities is None:
+        return torch.full_like(b, batch_size / len(b))
+    if probabilities.dim() == 2:
+        p = checks.shaped(probabilities, "probabilities", (batch_size, len(b)))
+        return p.sum(dim=0).to(b.device)
+    p = checks.shaped(probabilities, "probabilities", (len(b),)).to(b.device)
+    return batch_size * p / p.sum()
+
+
+def _apportioned(counts: Tensor, total: int) -> Tensor:
+    """Whole numbers near ``counts`` that add up to ``total``: the largest remainders go up."""
+    counts = counts if bool(counts.any()) else torch.ones_like(counts)
+    scaled = counts / counts.sum() * total
+    whole = scaled.floor().long()
+    short = total - int(whole.sum())
+    whole[(scaled - whole).argsort(descending=True, stable=True)[:short]] += 1
+    return whole
+
+
+def recover_batch(
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    batch_size: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    method: str = "descent",
+    generator: torch.Generator | None = None,
+    progress: sparse.Progress | bool = False,
+    budget: int | None = None,
+) -> Tensor:
+    r""":math:`x_n = (K^+ G)_n / (K^+ b)_n`: every sample of a batch, from the sparse ``K``.
+
+    ``[G | b] = K [X | 1]`` has rank N, and after a ReLU each column of ``K`` is zero in many
+    rows, those in which its sample is off. :func:`gradinv_edu.sparse.sparse_basis` finds the
+    columns up to their lengths, and the bias gradient ``b = ∂L/∂b`` gives those. For one
+    averaged gradient, or the sum of several local steps in which each sample has rows where it
+    stays off. Implements :eq:`batch-inputs`.
+
+    Parameters
+    ----------
+    weight_gradient, bias_gradient : Tensor
+        ``∂L/∂W`` and ``∂L/∂b`` of a dense layer before a ReLU, ``(m, n)`` and ``(m,)``.
+    batch_size : int
+        N, the number of different samples.
+    weight, bias : Tensor, optional
+        The layer's own ``(m, n)`` and ``(m,)`` when the gradient was taken. With them an answer
+        is accepted only if it passes :func:`forward_agreement`, and the search ends as soon as
+        it does. Without them, and with more samples than outputs of the next layer, other
+        directions may be as sparse, and the answer be one of those.
+    method : {"descent", "sampling"}
+        How sparse directions are looked for: by descent, or by SPEAR's draws, whose number grows
+        as :math:`2^N`.
+    generator : torch.Generator, optional
+        Source of starts or draws; ``None``: a fixed seed.
+    progress : bool or callable
+        Called with starts or draws spent, samples found and samples wanted; ``True`` prints.
+    budget : int, optional
+        Starts or draws at most.
+
+    Returns
+    -------
+    Tensor
+        ``(batch_size, n)``, float64, in no particular order.
+
+    Raises
+    ------
+    InvalidTensorError, VanishingGradientError
+        If shapes do not belong together, or a tensor is not finite floating point, or is zero.
+    UndeterminedScaleError
+        If ``bias_gradient`` is ``None``.
+    InvalidArgumentError
+        If the batch size is more than min(m, n + 1), or the budget is no positive number.
+    InconsistentGradientError
+        If the gradient's rank is not the batch size.
+    NotRecoveredError
+        If the search ended without all samples; the message says how far it got.
+
+    Notes
+    -----
+    Source: Dimitrov et al. (2024), SPEAR, for split, draws, greedy choice and scale. Descent, the
+    witness and the test for ambiguity are this project's.
+    """
+    G, b = _pair(weight_gradient, bias_gradient)
+    eps = max(sparse.rounding(G), sparse.rounding(b))
+    scale = G.norm() / b.norm()  # so that neither part drowns the other
+    whole = torch.cat([G, (scale * b)[:, None]], dim=1)
+    parts = sparse.split(whole, batch_size, eps)
+    accept = None if weight is None else partial(_agrees, weight, bias, parts, whole, scale)
+    basis = sparse.sparse_basis(
+        parts,
+        method=method,
+        generator=generator,
+        progress=progress,
+        budget=budget,
+        accept=accept,
+    )
+    return _inputs(parts, basis, whole, scale)
+
+
+def _inputs(parts: sparse.Split, basis: sparse.Basis, whole: Tensor, scale: Tensor) -> Tensor:
+    rows = torch.linalg.lstsq(parts.left @ basis.directions, whole).solution
+    inputs: Tensor = rows[:, :-1] / rows[:, -1:] * scale
+    return inputs
+
+
+def _agrees(
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: sparse.Split,
+    whole: Tensor,
+    scale: Tensor,
+    basis: sparse.Basis,
+) -> bool:
+    x = _inputs(parts, basis, whole, scale)
+    return forward_agreement(weight, bias, whole[:, :-1], x) > 0.99
+
+
+def forward_agreement(
+    weight: Tensor, bias: Tensor | None, weight_gradient: Tensor, inputs: Tensor
+) -> float:
+    r""":math:`[k_{nj} \neq 0] = [w_j \cdot x_n + b_j > 0]`: in what share of rows this holds.
+
+    The server has the weights, and the forward pass tells which units each recovered sample
+    switches on; with ``K = G X⁺`` the gradient tells it again. For the samples themselves both
+    agree in all rows that are not zero. Implements :eq:`forward-witness`.
+
+    Parameters
+    ----------
+    weight, bias : Tensor
+        Of the layer, ``(m, n)`` and ``(m,)`` or ``None``.
+    weight_gradient : Tensor
+        ``(m, n)``, one averaged gradient.
+    inputs : Tensor
+        Recovered samples, ``(N, n)``.
+
+    Returns
+    -------
+    float
+        From 0 to 1.
+
+    Raises
+    ------
+    InvalidTensorError
+        If shapes do not belong together, or a tensor is not finite floating point.
+
+    Notes
+    -----
+    Source: Dimitrov et al. (2024) choose their directions by this agreement.
+    """
+    W, G, b = _layer(weight, weight_gradient, bias)
+    x = checks.shaped(inputs, "inputs", (None, W.shape[1])).to(W.device)
+    K = torch.linalg.lstsq(x.T, G.T).solution.T
+    living = (G != 0).any(dim=1)
+    size = K.square().mean(dim=0).sqrt()
+    on = K.abs() > max(1e-9, 100 * sparse.rounding(weight_gradient)) * size
+    agree = on == (W @ x.T + b[:, None] > 0)
+    return float(agree[living].double().mean())
 
 
 # --- the loss fixes the scale ---------------------------------------------------------------
@@ -185,20 +529,12 @@ class _Rows:
 
 
 def _rows(G: Tensor) -> _Rows:
-    fit, eps = rank_one(G), _rounding(G)
+    fit, eps = rank_one(G), sparse.rounding(G)
     v = fit.right
     c = G @ v  # and not σ₁u, whose small entries carry the rounding of its large ones
     noise = (G - torch.outer(c, v)).norm(dim=1) / math.sqrt(max(len(v) - 1, 1))
     precision = torch.where(c == 0, math.inf, eps + noise / c.abs().clamp_min(1e-300))
     return _Rows(c, v, precision, fit.residual, eps)
-
-
-def _rounding(G: Tensor) -> float:
-    """Machine precision of the coarsest type that holds the entries: the client's, or near it."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.equal(G, G.to(dtype).double()):
-            return torch.finfo(dtype).eps
-    return torch.finfo(G.dtype).eps
 
 
 def recover_from_cross_entropy(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .activations import clamp_to_range, is_elementwise, undo
-from .systems import LayerSystem, Rows
+from .krylov import Rows
+from .systems import LayerSystem
 
 KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 ROUNDS = 60
-LARGEST = 4096  # unknowns up to which the joint system is solved, as a dense matrix
+LARGEST = 6144  # unknowns up to which the joint system is solved, as a dense matrix
 DROPPED = 0.25  # share of the spare equations given up for units too near the kink to tell
 SETTLED = 1e-9  # relative residual of a round that explains everything
 NULL = 1e-9  # singular values below this share of the largest count as zero
@@ -36,17 +37,20 @@ class Floor:
         Of one sample.
     above : list of nn.Module
         Activations and reshapes between its output and the input of the layer above.
+    batch : int
+        Number of samples.
     """
 
     name: str
     module: nn.Module
     input_shape: tuple[int, ...]
     above: list[nn.Module] = field(default_factory=list)
+    batch: int = 1
 
     @property
     def unknowns(self) -> int:
-        """Entries of its input."""
-        return math.prod(self.input_shape)
+        """Entries of its input, over all samples."""
+        return self.batch * math.prod(self.input_shape)
 
     @property
     def kinked(self) -> bool:
@@ -56,18 +60,21 @@ class Floor:
     def offset(self, like: Tensor) -> Tensor:
         """Output at zero: the bias, in the output's shape."""
         with torch.no_grad():
-            z: Tensor = self.module(like.new_zeros(1, *self.input_shape))
+            z: Tensor = self.module(like.new_zeros(self.batch, *self.input_shape))
         return z
 
     def matrix(self, like: Tensor) -> Tensor:
-        """Weight constraints as a dense matrix, ``(outputs, inputs)``."""
-        identity = torch.eye(self.unknowns, dtype=like.dtype, device=like.device)
+        """Weight constraints as a dense matrix, ``(outputs, inputs)``, a block for each sample."""
+        size = math.prod(self.input_shape)
+        identity = torch.eye(size, dtype=like.dtype, device=like.device)
         with torch.no_grad():
             rows = [
                 self.module(part.reshape(-1, *self.input_shape)).flatten(1)
                 for part in torch.split(identity, 256)
             ]
-        return (torch.cat(rows) - self.offset(like).flatten()).T
+        one = (torch.cat(rows) - self.offset(like)[0].flatten()).T.contiguous()
+        blocks: Tensor = torch.kron(torch.eye(self.batch, dtype=one.dtype, device=one.device), one)
+        return blocks
 
     def activate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``σ(z)`` and ``σ'(z)``, both flat."""
@@ -242,7 +249,7 @@ class _Problem:
 
     def _first_outputs(self) -> list[Tensor]:
         """Outputs of the floors under the least-norm answer, each undone from the one above."""
-        above = self.least.reshape(1, *self.top_shape)
+        above = self.least.reshape(-1, *self.top_shape)
         outputs: list[Tensor] = []
         for floor, W, offset in zip(
             reversed(self.floors), reversed(self.matrices), reversed(self.offsets), strict=True
@@ -251,14 +258,14 @@ class _Problem:
             outputs.insert(0, z)
             if floor is not self.floors[0]:
                 x = torch.linalg.lstsq(W, (z - offset).reshape(-1, 1)).solution
-                above = x.reshape(1, *floor.input_shape)
+                above = x.reshape(-1, *floor.input_shape)
         return outputs
 
     def inputs(self) -> list[Tensor]:
         """Input of every floor, then of the deficient layer."""
         *parts, c = torch.split(self.v, self.sizes)
-        shaped = [p.reshape(1, *f.input_shape) for p, f in zip(parts, self.floors, strict=True)]
-        return [*shaped, (self.least + self.null @ c).reshape(1, *self.top_shape)]
+        shaped = [p.reshape(-1, *f.input_shape) for p, f in zip(parts, self.floors, strict=True)]
+        return [*shaped, (self.least + self.null @ c).reshape(-1, *self.top_shape)]
 
     def linearised(self, masked: bool) -> tuple[Tensor, Tensor]:
         r"""Rows :math:`\sigma'(z)(W x_l + b - z) + \sigma(z) - x_{l+1} = 0` at present ``z``."""

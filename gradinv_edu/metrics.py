@@ -3,11 +3,14 @@ r"""How near a recovered picture is to the truth."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
 
 from torch import Tensor
 
 from . import checks
-from .errors import InvalidTensorError
+from .errors import InvalidArgumentError, InvalidTensorError
 
 # Wang et al. (2004): a Gaussian window of 11 pixels with standard deviation 1.5
 _WINDOW, _SIGMA = 11, 1.5
@@ -111,6 +114,98 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     if size == 0:
         return math.inf if error else 0.0
     return error / size
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of trials that succeeded, with the interval that the number of trials allows.
+
+    Attributes
+    ----------
+    successes, trials : int
+        Counted.
+    low, high : float
+        Ends of Wilson's interval, between 0 and 1.
+    """
+
+    successes: int
+    trials: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        """Share of successes."""
+        return self.successes / self.trials
+
+    def __str__(self) -> str:
+        share = f"{self.rate:.0%} ({self.low:.0%} to {self.high:.0%})"
+        return f"{self.successes}/{self.trials} = {share}"
+
+
+def success_rate(outcomes: Iterable[bool], confidence: float = 0.95) -> Rate:
+    """Count successes and say how far the count may be trusted.
+
+    Parameters
+    ----------
+    outcomes : iterable of bool
+        One for each trial, the trials being independent.
+    confidence : float
+        Of the interval, between 0 and 1.
+
+    Returns
+    -------
+    Rate
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no trial, or the confidence cannot be.
+    """
+    counted = [bool(outcome) for outcome in outcomes]
+    successes = sum(counted)
+    return Rate(successes, len(counted), *wilson_interval(successes, len(counted), confidence))
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    r""":math:`\frac{1}{1 + q^2/n}\bigl(\hat p + \tfrac{q^2}{2n} \pm q\sqrt{\tfrac{\hat p(1-\hat p)}{n} + \tfrac{q^2}{4n^2}}\bigr)`.
+
+    All rates that would not make this count improbable: unlike the usual plus or minus, it stays
+    within [0, 1] and does not shrink to nothing where every trial succeeds. Implements
+    :eq:`wilson-interval`.
+
+    Parameters
+    ----------
+    successes, trials : int
+        :math:`\hat p n` and :math:`n`.
+    confidence : float
+        Between 0 and 1; :math:`q` is the normal quantile at :math:`(1 + \text{confidence})/2`.
+
+    Returns
+    -------
+    low, high : float
+        Between 0 and 1.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the counts or the confidence cannot be.
+
+    Notes
+    -----
+    Source: Wilson (1927).
+    """  # noqa: E501
+    if trials < 1 or not 0 <= successes <= trials:
+        raise InvalidArgumentError(
+            f"{successes} successes of {trials} trials cannot be: give 0 to trials, of 1 or more."
+        )
+    if not 0 < confidence < 1:
+        raise InvalidArgumentError(f"confidence must lie between 0 and 1, got {confidence!r}.")
+    q, n, share = NormalDist().inv_cdf((1 + confidence) / 2), trials, successes / trials
+    centre = share + q**2 / (2 * n)
+    reach = q * math.sqrt(share * (1 - share) / n + q**2 / (4 * n**2))
+    low, high = ((centre + side * reach) / (1 + q**2 / n) for side in (-1, 1))
+    return max(min(low, share), 0.0), min(max(high, share), 1.0)  # rounding must not cut it off
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

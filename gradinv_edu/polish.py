@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, vjp, vmap
 from . import checks
 from .chain import Step
 from .errors import InconsistentGradientError, InvalidTensorError, UnsupportedLayerError
-from .systems import RANK_TOLERANCE, Progress, ritz_values
+from .krylov import Progress, ritz_values
+from .systems import RANK_TOLERANCE
 
 GradientAt = Callable[[Tensor], Mapping[str, Tensor]]
 

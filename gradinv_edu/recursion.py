@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from . import fully_connected, joint
+from . import batches, fully_connected, joint
 from . import polish as polishing
 from .activations import NORMS, undo
 from .chain import Step, trace
@@ -19,6 +19,7 @@ from .errors import (
     InconsistentGradientError,
     InvalidTensorError,
     UnsupportedLayerError,
+    UnsupportedLossError,
 )
 from .sharing import Update, without_weight_decay
 from .systems import LayerSolution, LayerSystem, pack, weight_names
@@ -74,9 +75,9 @@ class Candidate:
     Attributes
     ----------
     inputs : Tensor
-        ``(1, *input_shape)``, float64.
+        ``(N, *input_shape)``, float64.
     targets : Tensor
-        Recovered label: class index ``(1,)`` for cross-entropy, else ``(1, outputs)``.
+        Recovered labels: class indices ``(N,)`` for cross-entropy, else ``(1, outputs)``.
     layers : tuple of LayerReport
         From the layer where the recursion began down to the input.
     mismatch : float or None
@@ -112,7 +113,7 @@ class Recovery:
 
     @property
     def inputs(self) -> Tensor:
-        """Best answer, ``(1, *input_shape)``, float64."""
+        """Best answer, ``(N, *input_shape)``, float64."""
         return self.candidates[0].inputs
 
     @property
@@ -170,6 +171,7 @@ class _Walk:
     generator: torch.Generator | None
     polish: bool = False
     together: bool = True
+    batch_size: int = 1
     reports: list[LayerReport] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -201,6 +203,7 @@ def recover(
     constraints: str = "both",
     together: bool = True,
     polish: bool = False,
+    batch_size: int = 1,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Recovery:
@@ -216,7 +219,7 @@ def recover(
         convolutional layers, average pooling, batch norm in eval mode, dropout, flattening
         and invertible activations or ReLU.
     update : Update
-        What one client sent for one sample.
+        What one client sent for one sample, or for ``batch_size`` of them in one step.
     input_shape : tuple of int
         Of one sample, such as ``(3, 32, 32)``.
     loss : nn.Module
@@ -230,8 +233,12 @@ def recover(
         Go on by Gauss-Newton on the whole gradient (:func:`gradinv_edu.polish.polish`), which wins
         back the digits that float32 gradients lose on the way down; its verdict replaces the
         layers'.
+    batch_size : int
+        Number of samples. Each keeps its own weight constraints, all share the summed gradient
+        constraints; the last layer is undone by :func:`gradinv_edu.batches.recover_outputs`, so
+        the loss is cross-entropy. The samples come back in the order of their labels.
     generator : torch.Generator, optional
-        Of the random starts that test the rank.
+        Of the random starts that test the rank, and of those of a batch's last layer.
     progress : bool
         Show a bar for each layer that is solved iteratively.
 
@@ -251,6 +258,8 @@ def recover(
         If the gradient is zero everywhere.
     InconsistentGradientError
         If no input of this model explains the gradient.
+    NotRecoveredError
+        If the last layer's gradient cannot be taken apart into ``batch_size`` samples.
 
     Notes
     -----
@@ -265,6 +274,7 @@ def recover(
     dtype = _coarsest(update.gradients)
     gradients = {n: g.detach().to(device, torch.float64) for n, g in update.gradients.items()}
     walk = _Walk(steps, gradients, dtype, constraints, progress, generator, polish, together)
+    walk.batch_size = batch_size
     candidates = _candidates(walk, update, loss)
     return _judge(candidates, walk)
 
@@ -364,8 +374,10 @@ def _judge(candidates: list[Candidate], walk: _Walk) -> Recovery:
 
 def _starts(walk: _Walk, loss: nn.Module) -> tuple[list[tuple[int, _State]], list[Tensor | None]]:
     """States from which to descend, each with the label that goes with it."""
-    lowest = _lowest_biased(walk)
     last = _last_weighted(walk.steps)
+    if walk.batch_size != 1:
+        return _batch_starts(walk, last, loss)
+    lowest = _lowest_biased(walk)
     outputs = _outputs(walk, last, loss, needed=lowest is None)
     if lowest is not None:
         state = _from_bias(walk, lowest)
@@ -379,6 +391,35 @@ def _starts(walk: _Walk, loss: nn.Module) -> tuple[list[tuple[int, _State]], lis
         starts.append((last, _State(x, None, k, error, error)))
     walk.reports.clear()
     return starts, [_target(o.target) for o in outputs]
+
+
+def _batch_starts(
+    walk: _Walk, last: int, loss: nn.Module
+) -> tuple[list[tuple[int, _State]], list[Tensor | None]]:
+    step, weight_gradient = _head(walk, last)
+    if not isinstance(loss, nn.CrossEntropyLoss) or loss.label_smoothing or loss.weight is not None:
+        raise UnsupportedLossError(
+            "A batch is taken apart by the equations of softmax cross-entropy, without class "
+            f"weights or label smoothing; got {loss!r}."
+        )
+    assert isinstance(step.module, nn.Linear)
+    bias = step.module.bias
+    sent = None if bias is None else walk.gradient(step, "bias")
+    outputs = batches.recover_outputs(
+        step.module.weight.detach(),
+        None if bias is None else bias.detach(),
+        weight_gradient.to(walk.dtype),
+        sent,
+        walk.batch_size,
+        reduction=loss.reduction,
+        generator=walk.generator,
+    )
+    starts = []
+    for output in outputs:
+        k = _pull_back(step.module, output.k, output.x)
+        error = max(output.residual, walk.eps)
+        starts.append((last, _State(output.x, None, k, error, error)))
+    return starts, [o.targets for o in outputs]
 
 
 def _target(target: Tensor) -> Tensor:
@@ -405,12 +446,11 @@ def _lowest_biased(walk: _Walk) -> int | None:
     return None
 
 
-def _outputs(walk: _Walk, last: int, loss: nn.Module, needed: bool) -> list[fully_connected.Output]:
+def _head(walk: _Walk, last: int) -> tuple[Step, Tensor]:
+    """The dense layer whose outputs go into the loss, and its weight gradient."""
     step = walk.steps[last]
     after = [s for s in walk.steps[last + 1 :] if not s.reshaping]
     if not isinstance(step.module, nn.Linear) or len(step.input_shape) != 1 or after:
-        if not needed:
-            return []
         culprit = after[-1] if after else step
         raise UnsupportedLayerError(
             f"The model ends in {culprit.name} ({type(culprit.module).__name__}); the recursion "
@@ -422,6 +462,17 @@ def _outputs(walk: _Walk, last: int, loss: nn.Module, needed: bool) -> list[full
         raise InvalidTensorError(
             f"The update lacks {step.name}.weight: the recursion begins at this layer's gradient."
         )
+    return step, weight_gradient
+
+
+def _outputs(walk: _Walk, last: int, loss: nn.Module, needed: bool) -> list[fully_connected.Output]:
+    try:
+        step, weight_gradient = _head(walk, last)
+    except UnsupportedLayerError:
+        if needed:
+            raise
+        return []
+    assert isinstance(step.module, nn.Linear)
     bias = None if step.module.bias is None else step.module.bias.detach()
     try:
         return fully_connected.recover_output(
@@ -458,8 +509,9 @@ def _dense_from_bias(walk: _Walk, G: Tensor, b: Tensor) -> tuple[Tensor, Tensor,
 
 def _report_dense(walk: _Walk, step: Step, residual: float, error: float) -> None:
     outputs, inputs = math.prod(step.output_shape), math.prod(step.input_shape)
+    unknowns = walk.batch_size * inputs
     walk.reports.append(
-        LayerReport(step.name, inputs, outputs * inputs, residual, 0, True, 0.0, 1.0, error)
+        LayerReport(step.name, unknowns, outputs * inputs, residual, 0, True, 0.0, 1.0, error)
     )
 
 
@@ -496,7 +548,7 @@ def _contradict(walk: _Walk) -> None:
 
 
 def _reshape(state: _State, step: Step) -> _State:
-    shape = (1, *step.input_shape)
+    shape = (len(state.value), *step.input_shape)
     weight = None if state.weight is None else state.weight.reshape(shape)
     return replace(state, value=state.value.reshape(shape), weight=weight, k=state.k.reshape(shape))
 
@@ -594,7 +646,7 @@ def _solve_together(
     missing = max(1, round(solution.undetermined * system.unknowns))
     rows = system.right_hand_side(state.value, _block_gradient(walk, block))
     floors: list[joint.Floor] = []
-    while (found := _next_floor(walk.steps, below)) is not None:
+    while (found := _next_floor(walk.steps, below, len(state.k))) is not None:
         floor, below = found
         floors.insert(0, floor)
         unknowns = sum(f.unknowns for f in floors) + missing
@@ -609,7 +661,7 @@ def _solve_together(
     return None
 
 
-def _next_floor(steps: Sequence[Step], position: int) -> tuple[joint.Floor, int] | None:
+def _next_floor(steps: Sequence[Step], position: int, batch: int) -> tuple[joint.Floor, int] | None:
     above: list[nn.Module] = []
     while position >= 0 and (steps[position].reshaping or steps[position].elementwise):
         if _random_step(steps[position]):
@@ -619,7 +671,7 @@ def _next_floor(steps: Sequence[Step], position: int) -> tuple[joint.Floor, int]
     if position < 0 or not (steps[position].weighted or steps[position].pooling):
         return None
     block = _block(steps, position)
-    floor = joint.Floor(_name(block), _as_module(block), block[0].input_shape, above)
+    floor = joint.Floor(_name(block), _as_module(block), block[0].input_shape, above, batch)
     return floor, position - len(block)
 
 
@@ -650,7 +702,7 @@ def _joint_state(
     k = lone.k
     for floor, z in zip(reversed(floors), reversed(solved.outputs), strict=True):
         _, slope = floor.activate(z)
-        zero = torch.zeros(1, *floor.input_shape, dtype=z.dtype, device=z.device)
+        zero = torch.zeros(len(z), *floor.input_shape, dtype=z.dtype, device=z.device)
         k = _pull_back(floor.module, k.reshape(z.shape) * slope.reshape(z.shape), zero)
     noise = max(3 * solved.residual, walk.eps)
     return _State(solved.inputs[0], None, k, noise, error)
@@ -662,6 +714,8 @@ def _solve_dense_layer(walk: _Walk, state: _State, step: Step) -> _State | None:
     assert isinstance(step.module, nn.Linear)
     if G is None:
         return None
+    if len(state.k) > 1:
+        return _solve_dense_batch(walk, state, step, G)
     if b is not None and bool(b.any()):
         x, k, residual, error = _dense_from_bias(walk, G, b)
     elif bool(state.k.any()):
@@ -672,16 +726,35 @@ def _solve_dense_layer(walk: _Walk, state: _State, step: Step) -> _State | None:
         error = max(residual, state.error, walk.eps)
     else:
         return None
+    return _dense_state(walk, state, step, x.unsqueeze(0), k.unsqueeze(0), residual, error)
+
+
+def _solve_dense_batch(walk: _Walk, state: _State, step: Step, G: Tensor) -> _State | None:
+    """``Kᵀ X = G``, where the samples' output gradients are independent."""
+    values = torch.linalg.svdvals(state.k)
+    if len(values) < len(state.k) or not float(values[-1]) > 1e-9 * float(values[0]):
+        return None
+    x = torch.linalg.pinv(state.k.T) @ G
+    residual = float((G - state.k.T @ x).norm()) / max(float(G.norm()), 1e-300)
+    reach = float(values[0] / values[-1])
+    error = max(residual, state.error, walk.eps) * reach
+    return _dense_state(walk, state, step, x, state.k, residual, error)
+
+
+def _dense_state(
+    walk: _Walk, state: _State, step: Step, x: Tensor, k: Tensor, residual: float, error: float
+) -> _State:
+    assert isinstance(step.module, nn.Linear)
     residual = max(residual, _forward_gap(step.module, x, state))
     _report_dense(walk, step, residual, max(error, residual))
-    k_below = _pull_back(step.module, k.unsqueeze(0), x.unsqueeze(0))
-    return _State(x.unsqueeze(0), None, k_below, max(3 * residual, walk.eps), error)
+    k_below = _pull_back(step.module, k, x)
+    return _State(x, None, k_below, max(3 * residual, walk.eps), error)
 
 
 def _forward_gap(module: nn.Linear, x: Tensor, state: _State) -> float:
     """How far the layer's output at ``x`` is from the one that the layers above ask for."""
     with torch.no_grad():
-        gap = module(x.unsqueeze(0)) - state.value
+        gap = module(x) - state.value
     weight = torch.ones_like(gap) if state.weight is None else state.weight
     return float((weight * gap).norm() / (weight * state.value).norm().clamp_min(1e-300))
 

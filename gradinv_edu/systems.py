@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
 from . import checks
-from .errors import InvalidTensorError, UnsupportedLayerError
+from .errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
+from .krylov import Progress, Rows, Run, cgls, open_share, ritz_values
 
 DENSE_UNKNOWNS = 512  # below this an SVD is cheaper than one doubt about the rank
 RANK_TOLERANCE = 1e-10  # singular values below this share of the largest count as zero
-SINGLE_TOLERANCE = 3e-5  # what float32 conjugate gradients reach without stagnating
-DYE = 1e5  # size of the random start, against the answer's: hides nothing, costs few iterations
-TRACE = 1e-4  # share of the dye's size under which what is left of it is no dye
 ROUNDING = 2e-15  # normal-equation residual, relative, at which float64 has nothing left to give
-
-Progress = Callable[[int, float], None]
+BALANCE = 0.1  # of the mean eigenvalue, added before filters are made alike: noise stays below it
 
 
 class Operator(Protocol):
@@ -288,7 +284,9 @@ class LayerSystem:
         constraints: str = "both",
     ) -> None:
         if constraints not in ("both", "weight", "gradient"):
-            raise ValueError(f'constraints is "both", "weight" or "gradient", not {constraints!r}.')
+            raise InvalidArgumentError(
+                f'constraints is "both", "weight" or "gradient", not {constraints!r}.'
+            )
         k = checks.finite(output_gradient, "output_gradient")
         self.input_shape = tuple(input_shape)
         output_shape, self.offset = _affine(module, self.input_shape, k)
@@ -308,7 +306,8 @@ class LayerSystem:
         self.gradient_mask = self._mask(
             gradient_mask, self.gradient_shape, "gradient_mask", constraints != "weight"
         )
-        self.gradient_scale = _row_scale(self.operator, shapes, k, self.input_shape)
+        self.gradient_scale = _row_scale(shapes, k)
+        self.balance = _balance(self.operator, self.row_mask, self.gradient_mask)
 
     def _mask(self, mask: Tensor | None, shape: torch.Size, name: str, used: bool) -> Tensor | None:
         if not used:
@@ -375,18 +374,17 @@ class LayerSystem:
         Parameters
         ----------
         scaled : bool
-            Whether gradient rows carry the weight of :eq:`row-scaling`.
+            Whether as it is solved: rows scaled (:eq:`row-scaling`) and filters balanced
+            (:eq:`filter-balance`).
         """
-        scale = self.gradient_scale if scaled else 1.0
+        solved = ScaledSystem(self)
+        rows = solved.forward if scaled else lambda x: Rows(*self.matvec(x))
         identity = torch.eye(self.unknowns, dtype=torch.float64, device=self.k.device)
-        columns = []
-        for unit in identity:
-            rows, gradient_rows = self.matvec(unit.reshape(self.k.shape[0], *self.input_shape))
-            columns.append(torch.cat([rows.reshape(-1), scale * gradient_rows.reshape(-1)]))
-        return torch.stack(columns, dim=1)
+        shape = (self.k.shape[0], *self.input_shape)
+        return torch.stack([rows(unit.reshape(shape)).flat() for unit in identity], dim=1)
 
     def right_hand_side(self, outputs: Tensor | None, weight_gradient: Tensor | None) -> Rows:
-        """Masked and scaled right-hand side from ``z`` and ``∂L/∂W``; zero for one not given."""
+        """Right-hand side, masked and scaled, from ``z`` and ``∂L/∂W``; zero for one not given."""
         z = self.k.new_zeros(self.k.shape)
         if outputs is not None and self.constraints != "gradient":
             given = _given(outputs, "outputs", self.k.shape, self.row_mask)
@@ -395,7 +393,8 @@ class LayerSystem:
         if weight_gradient is not None and self.constraints != "weight" and g.numel():
             given = _given(weight_gradient, "weight_gradient", g.shape, self.gradient_mask)
             g = _times(self.gradient_mask, given - self._gradient_offset())
-        return Rows(z, self.gradient_scale * g)
+        g = self.gradient_scale * _mix(self.balance.gradient, g, 0)
+        return Rows(_mix(self.balance.rows, z, 1), g)
 
     def _gradient_offset(self) -> Tensor | float:
         known = isinstance(self.operator, ModuleOperator)
@@ -464,7 +463,7 @@ class LayerSystem:
         if dense if dense is not None else self.unknowns <= DENSE_UNKNOWNS:
             return self._solve_dense(b)
         cap = max_iterations or 10_000 + 4 * math.isqrt(self.unknowns)
-        return solve_iteratively(self, b, cap, progress, generator, noise)
+        return _solve_iteratively(self, b, cap, progress, generator, noise)
 
     def _solve_dense(self, b: Rows) -> LayerSolution:
         A = self.to_dense(scaled=True)
@@ -487,38 +486,36 @@ class LayerSystem:
         )
 
 
-@dataclass
-class Rows:
-    """Right-hand side or residual: weight rows, and gradient rows already scaled."""
+@dataclass(frozen=True)
+class Balance:
+    """What makes the filters of a convolution alike, where no mask tells their entries apart.
 
-    z: Tensor
-    g: Tensor
+    Attributes
+    ----------
+    rows, gradient : Tensor or None
+        ``S`` and ``T``, ``(filters, filters)``, for weight and gradient rows.
+    """
 
-    def minus(self, other: Rows, step: float) -> None:
-        """Take ``step`` times ``other`` away, in place."""
-        self.z.sub_(other.z, alpha=step)
-        self.g.sub_(other.g, alpha=step)
-
-    def squared_norm(self) -> float:
-        """Sum of squares, added up in float64."""
-        total = self.z.double().square().sum() + self.g.double().square().sum()
-        return float(total)
-
-    def flat(self) -> Tensor:
-        """All rows end to end, as :meth:`LayerSystem.to_dense` orders them."""
-        return torch.cat([self.z.reshape(-1), self.g.reshape(-1)])
-
-    def to(self, dtype: torch.dtype, factor: float) -> Rows:
-        """Return the rows times ``factor`` in another precision."""
-        return Rows((self.z * factor).to(dtype), (self.g * factor).to(dtype))
+    rows: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 class ScaledSystem:
-    """The masked system with its row scaling, in one precision."""
+    r""":math:`A = \bigl(S W;\; w_k\, T K\bigr)`, masked.
 
-    def __init__(self, system: LayerSystem, dtype: torch.dtype) -> None:
-        self.operator = system.operator.to(dtype)
-        self.scale = system.gradient_scale
+    The map that is solved, in one precision. Implements :eq:`filter-balance`.
+
+    Parameters
+    ----------
+    system : LayerSystem
+        The layer's equations.
+    dtype : torch.dtype
+        Precision to compute in.
+    """
+
+    def __init__(self, system: LayerSystem, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self.operator = _scaled(system).to(dtype)
         self.row_mask = None if system.row_mask is None else system.row_mask.to(dtype)
         mask = system.gradient_mask
         self.gradient_mask = None if mask is None else mask.to(dtype)
@@ -526,119 +523,69 @@ class ScaledSystem:
     def forward(self, x: Tensor) -> Rows:
         """Masked and scaled rows of ``x``."""
         z, g = self.operator.forward(x)
-        return Rows(_times(self.row_mask, z), _times(self.gradient_mask, g) * self.scale)
+        return Rows(_times(self.row_mask, z), _times(self.gradient_mask, g))
 
     def adjoint(self, r: Rows) -> Tensor:
         """Masked and scaled rows, pulled back to the input."""
-        g = _times(self.gradient_mask, r.g) * self.scale
-        return self.operator.adjoint(_times(self.row_mask, r.z), g)
+        return self.operator.adjoint(_times(self.row_mask, r.z), _times(self.gradient_mask, r.g))
 
 
-@dataclass
-class _Round:
-    x: Tensor
-    iterations: int
-    alphas: list[float]
-    betas: list[float]
+def _scaled(system: LayerSystem) -> Operator:
+    """The operator with ``S W`` for ``W`` and ``w_k T k`` for ``k``: no cost per application."""
+    op, k = system.operator, system.gradient_scale * system.k
+    if isinstance(op, ConvolutionOperator):
+        weight = _mix(system.balance.rows, op.weight, 0)
+        return replace(op, weight=weight, k=_mix(system.balance.gradient, k, 1))
+    if isinstance(op, LinearOperator):
+        return replace(op, k=k)
+    return ModuleOperator(system.module, k, system.input_shape)
 
 
-def cgls(
-    system: ScaledSystem,
-    b: Rows,
-    tolerance: float,
-    cap: int,
-    progress: Progress | None = None,
-) -> _Round:
-    r""":math:`A^\top A\,x = A^\top b` by conjugate gradients, from zero.
-
-    ``AᵀA`` is never formed. It ends at ``tolerance``, or where ``Aᵀr`` is no more than the
-    rounding of what no ``x`` explains. ``b`` is used up as the residual.
-    Implements :eq:`normal-equations`.
-
-    Parameters
-    ----------
-    system : ScaledSystem
-        ``A`` and its adjoint.
-    b : Rows
-        Right-hand side, in the system's precision.
-    tolerance : float
-        Norm of the normal equations' residual, relative to the first, at which to stop.
-    cap : int
-        Most iterations.
-    progress : callable, optional
-        Called with iterations done and that residual.
-    """
-    s = system.adjoint(b)
-    x, p = torch.zeros_like(s), s.clone()
-    gamma = first = float(s.double().square().sum())
-    alphas: list[float] = []
-    betas: list[float] = []
-    floor = (8 * torch.finfo(s.dtype).eps) ** 2
-    rest, length, gain = b.squared_norm(), gamma, 0.0  # |r|², |p|², largest |Ap|²/|p|²
-    least, since = gamma, 0
-    while len(alphas) < cap and gamma > max(tolerance**2 * first, floor * gain * rest):
-        q = system.forward(p)
-        curvature = q.squared_norm()
-        if curvature <= 0 or not math.isfinite(curvature):
-            break
-        alpha = gamma / curvature
-        gain, rest = max(gain, curvature / length), max(rest - alpha * gamma, 0.0)
-        x.add_(p, alpha=alpha)
-        b.minus(q, alpha)
-        s = system.adjoint(b)
-        gamma, previous = float(s.double().square().sum()), gamma
-        alphas.append(alpha)
-        betas.append(gamma / previous)
-        length = gamma + betas[-1] ** 2 * length
-        least, since = (gamma, len(alphas)) if gamma < least else (least, since)
-        if len(alphas) > 200 + 2 * since:  # as long again without progress: rounding has it
-            break
-        p.mul_(betas[-1]).add_(s)
-        if progress is not None:
-            progress(len(alphas), math.sqrt(gamma / first))
-    return _Round(x, len(alphas), alphas, betas)
+def _mix(matrix: Tensor | None, t: Tensor, dim: int) -> Tensor:
+    """Apply a matrix along the filters."""
+    return t if matrix is None else torch.tensordot(matrix, t.movedim(dim, 0), 1).movedim(0, dim)
 
 
-def ritz_values(alphas: list[float], betas: list[float]) -> tuple[float, float]:
-    """Smallest and largest singular value that the iteration has seen, from its coefficients."""
-    from scipy.linalg import eigvalsh_tridiagonal
-
-    if not alphas:
-        return 0.0, 0.0
-    a, b = np.array(alphas), np.array(betas[:-1])
-    diagonal = 1 / a
-    diagonal[1:] += b / a[:-1]
-    values = eigvalsh_tridiagonal(diagonal, np.sqrt(b) / a[:-1])
-    return math.sqrt(max(float(values[0]), 0.0)), math.sqrt(max(float(values[-1]), 0.0))
+def _balance(op: Operator, row_mask: Tensor | None, gradient_mask: Tensor | None) -> Balance:
+    if not isinstance(op, ConvolutionOperator) or op.geometry[3] != 1:
+        return Balance()
+    return Balance(
+        None if row_mask is not None else _alike(op.weight.flatten(1)),
+        None if gradient_mask is not None else _alike(op.k.transpose(0, 1).flatten(1)),
+    )
 
 
-def solve_iteratively(
+def _alike(M: Tensor) -> Tensor | None:
+    r""":math:`(M M^\top + \lambda)^{-1/2}`, of a size that leaves the norm of ``M`` as it is."""
+    values, vectors = torch.linalg.eigh(M @ M.T)
+    if not float(values.sum()) > 0:
+        return None
+    shrunk = (values.clamp_min(0) + BALANCE * values.mean()).rsqrt()
+    matrix = (vectors * shrunk) @ vectors.T
+    balanced: Tensor = matrix * (M.norm() / (matrix @ M).norm())
+    return balanced
+
+
+def _solve_iteratively(
     system: LayerSystem,
     b: Rows,
     cap: int,
     progress: Progress | None,
     generator: torch.Generator | None,
-    noise: float = 0.0,
+    noise: float,
 ) -> LayerSolution:
-    """Solve by conjugate gradients from a random start, whose remains tell what stays open."""
-    exact = ScaledSystem(system, torch.float64)
-    start = _dye(exact, b, system, generator)
-    x, rounds, converged = _refine(system, exact, b, start, cap, progress, noise)
-    smallest, largest = ritz_values(rounds[0].alphas, rounds[0].betas) if rounds else (0.0, 0.0)
-    left = 0.0
-    if _stained(start, x):  # too large for an answer: a second solve, undyed, tells
-        plain, more, converged = _refine(
-            system, exact, b, torch.zeros_like(x), cap, progress, noise
-        )
-        rounds += more
-        left = float(((x - plain).norm() / start.norm()).square()) * _stained(start, x - plain)
-        x = plain
-    rest = exact.forward(x)
-    rest.z, rest.g = b.z - rest.z, b.g - rest.g
+    """Solve from zero for the answer of least norm, then let a dye tell what stays open."""
+    exact, fast = ScaledSystem(system), ScaledSystem(system, torch.float32)
+    dye = _dye(system, generator)
+    size = float(exact.adjoint(b).norm()) or 1.0
+    run = cgls(exact, b, max(ROUNDING, 1e-4 * noise) * size, cap, fast=fast, progress=progress)
+    left, washed = open_share(exact, dye, cap, fast=fast, progress=progress)
+    smallest, largest = ritz_values(*_longest(run, washed))
+    converged = run.converged or run.norm <= 1e4 * ROUNDING * size
     return LayerSolution(
-        inputs=x,
-        residual=_ratio(math.sqrt(rest.squared_norm()), math.sqrt(b.squared_norm())),
-        iterations=sum(r.iterations for r in rounds),
+        inputs=run.x,
+        residual=_ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm())),
+        iterations=run.iterations + washed.iterations,
         full_rank=left == 0 and converged,
         undetermined=left,
         smallest_singular_value=smallest,
@@ -647,79 +594,17 @@ def solve_iteratively(
     )
 
 
-def _dye(
-    exact: ScaledSystem, b: Rows, system: LayerSystem, generator: torch.Generator | None
-) -> Tensor:
-    """Random start, large enough that what is left of it stands out from the answer."""
+def _longest(*runs: Run) -> tuple[list[float], list[float]]:
+    longest = max(runs, key=lambda run: len(run.alphas))
+    return longest.alphas, longest.betas
+
+
+def _dye(system: LayerSystem, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         generator = torch.Generator(system.k.device).manual_seed(20180502)
     shape = (system.k.shape[0], *system.input_shape)
-    colour = torch.randn(
-        shape, generator=generator, dtype=torch.float64, device=generator.device
-    ).to(system.k.device)
-    wanted = float(exact.adjoint(b).norm())
-    response = float(exact.adjoint(exact.forward(colour)).norm())
-    size = wanted / response if response > 0 else 1.0  # about the answer's size, entry by entry
-    return colour * (DYE * math.sqrt(system.unknowns) * (size or 1.0))
-
-
-def _stained(start: Tensor, x: Tensor) -> bool:
-    """Whether ``x`` may hold dye: one undetermined direction alone keeps its size per entry."""
-    return float(x.norm()) > TRACE * float(start.norm()) / math.sqrt(start.numel())
-
-
-def _refine(
-    system: LayerSystem,
-    exact: ScaledSystem,
-    b: Rows,
-    x: Tensor,
-    cap: int,
-    progress: Progress | None,
-    noise: float,
-) -> tuple[Tensor, list[_Round], bool]:
-    """Iterate in float32 rounds, each corrected by the float64 residual.
-
-    A restart costs nothing in iterations, a third in time, and gains digits: it renews the
-    conjugacy that rounding has worn away. Where float32 no longer helps, float64 goes on.
-    """
-    single = ScaledSystem(system, torch.float32)
-    rounds: list[_Round] = []
-    scale = float(exact.adjoint(b).norm()) or float(exact.adjoint(exact.forward(x)).norm())
-    target = max(ROUNDING, 1e-4 * noise) * scale
-    best, previous, use_single = x, math.inf, True
-    while True:
-        done = sum(r.iterations for r in rounds)
-        r = exact.forward(x)
-        r.z, r.g = b.z - r.z, b.g - r.g
-        norm = float(exact.adjoint(r).norm())
-        if norm < previous or not rounds:
-            best, unexplained = x, r
-        if norm <= target or done >= cap:
-            return best, rounds, norm <= 1e3 * target
-        if not norm <= previous / 4:  # NaN, too
-            if not use_single:
-                return best, rounds, min(previous, norm) <= 1e4 * target
-            use_single = False
-        previous = min(previous, norm)
-        step = _round(
-            single if use_single else exact,
-            unexplained,
-            0.3 * target / previous,
-            cap - done,
-            progress,
-        )
-        rounds.append(step)
-        x = best + step.x
-
-
-def _round(
-    system: ScaledSystem, r: Rows, enough: float, cap: int, progress: Progress | None
-) -> _Round:
-    dtype = system.operator.k.dtype  # type: ignore[attr-defined]
-    size = max(float(r.z.abs().max()), float(r.g.abs().max()) if r.g.numel() else 0.0)
-    tolerance = max(SINGLE_TOLERANCE if dtype == torch.float32 else 1e-13, enough)
-    step = cgls(system, r.to(dtype, 1 / size), tolerance, cap, progress)
-    return replace(step, x=step.x.double() * size)
+    colour = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return colour.to(system.k.device)
 
 
 def _given(side: Tensor, name: str, shape: torch.Size, mask: Tensor | None) -> Tensor:
@@ -740,9 +625,7 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else part
 
 
-def _row_scale(
-    op: Operator, weights: Mapping[str, Tensor], k: Tensor, input_shape: tuple[int, ...]
-) -> float:
+def _row_scale(weights: Mapping[str, Tensor], k: Tensor) -> float:
     r""":math:`w_k = \lVert W \rVert / \lVert k \rVert`, so that both sets of rows weigh alike."""
     size = math.sqrt(sum(float(w.double().square().sum()) for w in weights.values()))
     norm = float(k.norm())

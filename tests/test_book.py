@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build" / "html"
-PAGES = sorted((HTML / "book").glob("*.html"))
+PAGES = sorted([*(HTML / "book").glob("*.html"), *(HTML / "exercises").rglob("*.html")])
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src"}
 REMOTE = re.compile(r"^(https?:)?//")
 STYLE = re.compile(r"""(?:@import|url\()\s*(?:url\()?["']?(?:https?:)?//""")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradinv_edu import data, metrics
-from gradinv_edu.errors import InvalidTensorError
+from gradinv_edu.errors import InvalidArgumentError, InvalidTensorError
 
 
 def _noisy(picture: Tensor, size: float) -> Tensor:
@@ -104,3 +104,29 @@ def test_impossible_ranges_are_refused(metric: object) -> None:
         metric(a, a, -1.0)  # type: ignore[operator]
     with pytest.raises(InvalidTensorError, match="3 pixels a side or more"):
         metrics.ssim(torch.zeros(2, 9), torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 20), (7, 60), (30, 60), (60, 60), (1, 1)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_wilson_is_scipy_s(successes: int, trials: int, confidence: float) -> None:
+    from scipy.stats import binomtest
+
+    wanted = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    found = metrics.wilson_interval(successes, trials, confidence)
+    assert found == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+
+
+def test_a_rate_counts_and_reads_well() -> None:
+    rate = metrics.success_rate(i < 57 for i in range(60))
+    assert (rate.successes, rate.trials, rate.rate) == (57, 60, 0.95)
+    assert str(rate) == "57/60 = 95% (86% to 98%)"
+    assert metrics.success_rate([True] * 60).low > 0.93
+    assert metrics.success_rate([True] * 60).high == 1.0
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 5), (6, 5)])
+def test_counts_that_cannot_be_are_refused(successes: int, trials: int) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be"):
+        metrics.wilson_interval(successes, trials)
+    with pytest.raises(InvalidArgumentError, match="confidence must lie"):
+        metrics.wilson_interval(1, 2, 1.0)

@@ -1,0 +1,177 @@
+"""Plausible mistakes in the exercises to chapter 6; each must be refused by the right hint."""
+
+from __future__ import annotations
+
+import torch
+
+import gradinv_edu as gi
+from gradinv_edu.coursework.mistakes import planted
+
+
+def _slopes(z, slope=0.2):
+    return torch.where(z > 0, 1.0, slope)
+
+
+@planted("06-step", says="Which index is summed")
+def transposed_weight(weight, output_gradient, below, slope):
+    return (weight @ output_gradient) * _slopes(below, slope)
+
+
+@planted("06-step", says="not through the activation")
+def slope_forgotten(weight, output_gradient, below, slope):
+    return weight.T @ output_gradient
+
+
+@planted("06-step", says="activation itself")
+def activation_for_slope(weight, output_gradient, below, slope):
+    return (weight.T @ output_gradient) * torch.where(below > 0, below, slope * below)
+
+
+@planted("06-step", says="divided by the slope")
+def divided_by_the_slope(weight, output_gradient, below, slope):
+    return (weight.T @ output_gradient) / _slopes(below, slope)
+
+
+@planted("06-step", says="another layer")
+def slopes_of_the_wrong_layer(weight, output_gradient, below, slope):
+    own = weight @ torch.where(below > 0, below, slope * below)
+    if len(own) != len(below):
+        return (weight.T @ output_gradient) * _slopes(below, slope)
+    return (weight.T @ output_gradient) * _slopes(own, slope)
+
+
+def _undone(name, outputs):
+    known = torch.ones_like(outputs, dtype=torch.bool)
+    if name == "leaky_relu":
+        return torch.where(outputs > 0, outputs, outputs / 0.2), known
+    if name == "tanh":
+        return torch.atanh(outputs), known
+    if name == "sigmoid":
+        return torch.logit(outputs), known
+    return outputs, outputs > 0
+
+
+@planted("06-undo", says="could be anything")
+def zeros_of_a_relu_believed(name, outputs):
+    return _undone(name, outputs)[0], torch.ones_like(outputs)
+
+
+@planted("06-undo", says="turned round")
+def mask_turned_round(name, outputs):
+    z, known = _undone(name, outputs)
+    return z, ~known if name == "relu" else known
+
+
+@planted("06-undo", says="once more")
+def leaky_slope_applied_again(name, outputs):
+    z, known = _undone(name, outputs)
+    return (outputs * _slopes(outputs), known) if name == "leaky_relu" else (z, known)
+
+
+@planted("06-undo", says="everywhere")
+def slope_divided_out_everywhere(name, outputs):
+    z, known = _undone(name, outputs)
+    return (outputs / 0.2, known) if name == "leaky_relu" else (z, known)
+
+
+@planted("06-undo", says="other way round")
+def logit_for_tanh(name, outputs):
+    return _undone("sigmoid" if name == "tanh" else name, outputs)
+
+
+@planted("06-undo", says="one-to-one")
+def negative_outputs_left_out(name, outputs):
+    return _undone(name, outputs)[0], outputs > 0
+
+
+def _walk(weights, gradients, slope=0.2, shift=0, power=2, bottom=0):
+    top = gi.fully_connected.recover_from_cross_entropy(weights[-1], gradients[-1])[0]
+    x, k = top.x, top.k
+    for layer in range(len(weights) - 2, bottom - 1, -1):
+        k = (weights[layer + 1].T @ k) * _slopes(x, slope)
+        x = gradients[min(layer + shift, len(weights) - 2)].T @ k / k.norm() ** power
+    return x, top.target
+
+
+@planted("06-walk", says="not through the activation")
+def slopes_left_out(weights, gradients):
+    return _walk(weights, gradients, slope=1.0)
+
+
+@planted("06-walk", says="layer above")
+def gradient_of_the_wrong_layer(weights, gradients):
+    return _walk(weights, gradients, shift=1)
+
+
+@planted("06-walk", says="length is wrong")
+def divided_by_the_norm(weights, gradients):
+    return _walk(weights, gradients, power=1)
+
+
+@planted("06-walk", says="before the bottom")
+def one_layer_short(weights, gradients):
+    return _walk(weights, gradients, bottom=1)
+
+
+@planted("06-walk", says="label comes from")
+def label_guessed(weights, gradients):
+    return _walk(weights, gradients)[0], 2
+
+
+@planted("06-design", says="full rank")
+def plenty_of_filters():
+    return 2, 8
+
+
+@planted("06-design", says="safe from one gradient")
+def hardly_any_filters():
+    return 2, 1
+
+
+@planted("06-design", says="count already says")
+def too_few_to_count():
+    return 2, 2
+
+
+@planted("06-design", says="from 1 to 8")
+def a_real_network():
+    return 12, 36
+
+
+@planted("06-trust", says="many answers")
+def residual_and_mismatch_only(account):
+    rounding = 1000 * account.precision
+    small = max(account.residuals) <= rounding and account.mismatch <= rounding
+    return small and account.answers == 1
+
+
+@planted("06-trust", says="all of them")
+def last_layer_of_the_table_only(account):
+    rounding = 1000 * account.precision
+    small = max(account.residuals) <= rounding and account.mismatch <= rounding
+    return small and account.full_rank[-1] and account.answers == 1
+
+
+@planted("06-trust", says="which was the client's")
+def first_answer_taken(account):
+    rounding = 1000 * account.precision
+    small = max(account.residuals) <= rounding and account.mismatch <= rounding
+    return small and all(account.full_rank)
+
+
+@planted("06-trust", says="whole does not fit")
+def mismatch_forgotten(account):
+    small = max(account.residuals) <= 1000 * account.precision
+    return small and all(account.full_rank) and account.answers == 1
+
+
+@planted("06-trust", says="rounding, and you take it")
+def float64_equality_for_float32(account):
+    small = max(account.residuals) <= 1e-12 and account.mismatch <= 1e-12
+    return small and all(account.full_rank) and account.answers == 1
+
+
+@planted("06-trust", says="in the middle")
+def residuals_forgotten(account):
+    small = account.mismatch <= 1000 * account.precision
+    return small and all(account.full_rank) and account.answers == 1

@@ -1,0 +1,288 @@
+"""The last layer of a batch: every sample's input and output gradient, from one summed gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .errors import InvalidArgumentError, NotRecoveredError
+
+STARTS = 64  # random predictions tried at once for one guess of the labels
+GUESSES = 200  # of the labels, at most
+STEPS = 60  # of Levenberg and Marquardt from each of them
+DONE = 1e-13  # norm of the equations at which the best start has nothing left to gain
+NULL = 1e-9  # singular values below this share of the largest count as zero
+
+
+@dataclass(frozen=True)
+class BatchOutput:
+    """The last layer undone for a batch.
+
+    Attributes
+    ----------
+    k : Tensor
+        ``∂L/∂z``, ``(N, classes)``.
+    x : Tensor
+        Inputs of the layer, ``(N, n)``.
+    targets : Tensor
+        Class indices, ``(N,)``.
+    residual : float
+        How far ``k`` is from what the softmax of ``x`` asks for, relative.
+    """
+
+    k: Tensor
+    x: Tensor
+    targets: Tensor
+    residual: float
+
+
+def possible_labels(weight_gradient: Tensor, batch_size: int) -> list[int]:
+    r""":math:`\exists d:\; (U\Sigma d)_y < 0,\; (U\Sigma d)_c \ge 0 \text{ for } c \ne y`.
+
+    Every ``k_n`` is negative at its label and nowhere else, and lies in the column space of the
+    last layer's gradient: a class for which no such vector exists is no label of the batch.
+    Implements :eq:`batch-labels`.
+
+    Parameters
+    ----------
+    weight_gradient : Tensor
+        Of the last layer, ``(classes, n)``.
+    batch_size : int
+        ``N``; at most ``classes − 1`` samples can be told apart.
+
+    Returns
+    -------
+    list of int
+        In rising order.
+
+    Raises
+    ------
+    InvalidTensorError
+        If the gradient is not a finite matrix.
+    InvalidArgumentError
+        If the batch size is not between 1 and ``classes − 1``.
+    NotRecoveredError
+        If the gradient's rank is not ``batch_size``.
+
+    Notes
+    -----
+    Source: Dang et al. (2021), as a linear programme per class.
+    """
+    left, _ = _split(weight_gradient, batch_size)
+    return [y for y in range(len(left)) if _separable(left, y)]
+
+
+def _split(weight_gradient: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """``UΣ`` and ``V`` of the rank-``N`` gradient."""
+    G = checks.shaped(weight_gradient, "weight_gradient", (None, None))
+    limit = min(len(G) - 1, G.shape[1])
+    if not 1 <= batch_size <= limit:
+        raise InvalidArgumentError(
+            f"batch_size is {batch_size}; a last layer of shape {tuple(G.shape)} tells at most "
+            f"{limit} samples apart, since each k sums to zero over the classes."
+        )
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    eps = max(NULL, 30 * torch.finfo(weight_gradient.dtype).eps)
+    rank = int((eps * S[0] < S).sum())
+    if rank != batch_size:
+        raise NotRecoveredError(
+            f"The last layer's gradient has rank {rank}, not {batch_size}: the batch has another "
+            "size, or holds samples that this layer cannot tell apart."
+        )
+    return U[:, :rank] * S[:rank], Vh[:rank].T
+
+
+def _separable(left: Tensor, y: int) -> bool:
+    from scipy.optimize import linprog
+
+    rows = left.cpu().numpy() / float(left.abs().max())
+    others = [c for c in range(len(rows)) if c != y]
+    found = linprog(rows[y], -rows[others], [1e-9] * len(others), bounds=(-1e3, 1e3))
+    return bool(found.status == 0 and found.fun < -1e-6)
+
+
+def recover_outputs(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor | None,
+    batch_size: int,
+    *,
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+) -> list[BatchOutput]:
+    r""":math:`N k_n = \mathrm{softmax}(W V c_n + b) - e_{y_n},\quad K = U\Sigma\,C^{-\top}`.
+
+    The gradient of a last layer, ``G = Σ k_n x_nᵀ = UΣVᵀ``, has rank ``N``: each input is
+    ``x_n = V c_n``, and all of ``K`` follows from the ``N²`` numbers in ``C``. The softmax
+    gives ``N(classes − 1)`` equations for them, solved by Levenberg and Marquardt from random
+    predictions, for each multiset of the labels that are possible. Implements
+    :eq:`batch-softmax`.
+
+    Parameters
+    ----------
+    weight, bias : Tensor
+        ``W`` ``(classes, n)`` and ``b`` ``(classes,)`` or None.
+    weight_gradient, bias_gradient : Tensor
+        Of the batch, shaped likewise; the bias gradient may be None.
+    batch_size : int
+        ``N``.
+    reduction : {"mean", "sum"}
+        Of the cross-entropy over the batch.
+    generator : torch.Generator, optional
+        Of the random starts; a fixed one by default.
+
+    Returns
+    -------
+    list of BatchOutput
+        Every answer that fits, best first; samples in the order of their labels.
+
+    Raises
+    ------
+    InvalidTensorError, InvalidArgumentError
+        If an argument has the wrong shape or value.
+    NotRecoveredError
+        If the rank is not ``N``, or no start leads to an answer.
+
+    Notes
+    -----
+    The setting is that of Zhu and Blaschko's follow-up to R-GAP; the reduction to ``N²``
+    unknowns is this project's.
+    """
+    left, V = _split(weight_gradient, batch_size)
+    W = checks.shaped(weight, "weight", tuple(weight_gradient.shape))
+    b = W.new_zeros(len(W)) if bias is None else checks.shaped(bias, "bias", (len(W),))
+    count = batch_size if reduction == "mean" else 1
+    problem = _Problem(W @ V, b, count * left, batch_size)
+    if bias_gradient is not None:
+        problem.total = count * checks.shaped(bias_gradient, "bias_gradient", (len(W),))
+    generator = generator or torch.Generator().manual_seed(20210112)
+    tolerance = max(1e-8, 3e3 * torch.finfo(weight_gradient.dtype).eps)
+    guesses = _label_guesses(possible_labels(weight_gradient, batch_size), batch_size)
+    for labels in guesses[:GUESSES]:
+        if found := problem.solve(labels, generator, tolerance):
+            targets = torch.tensor(labels)
+            return [BatchOutput(problem.k(C) / count, C @ V.T, targets, r) for C, r in found]
+    raise NotRecoveredError(
+        f"{min(len(guesses), GUESSES)} of {len(guesses)} guesses of the {batch_size} labels were "
+        "tried, and no predictions explain the last layer's gradient: the loss may be another, "
+        "or the predictions too confident for this precision."
+    )
+
+
+def _label_guesses(possible: list[int], batch_size: int) -> list[tuple[int, ...]]:
+    """Multisets of the possible labels, the most varied first: spurious labels are rare."""
+    guesses = combinations_with_replacement(possible, batch_size)
+    return sorted(guesses, key=lambda labels: -len(set(labels)))
+
+
+class _Problem:
+    """Softmax equations in ``D = C⁻ᵀ``, for many starts at once; rows of ``C`` are ``c_n``."""
+
+    def __init__(self, WV: Tensor, b: Tensor, left: Tensor, batch_size: int) -> None:
+        self.WV, self.b, self.left, self.N = WV, b, left, batch_size
+        self.total: Tensor | None = None
+
+    def k(self, C: Tensor) -> Tensor:
+        """``N k_n`` as rows."""
+        found: Tensor = torch.linalg.solve(C.T, self.left.T)
+        return found
+
+    def residuals(self, D: Tensor, one_hot: Tensor) -> Tensor:
+        """Of ``D``, ``(starts, N, N)``: equations end to end, ``(starts, equations)``."""
+        k = D @ self.left.T
+        z = _inverse(D) @ self.WV.T + self.b
+        gaps = (k + one_hot - z.softmax(-1)).flatten(1)
+        if self.total is None:
+            return gaps
+        return torch.cat([gaps, k.sum(1) - self.total], dim=1)
+
+    def jacobian(self, D: Tensor) -> Tensor:
+        """Of :meth:`residuals`, ``(starts, equations, N²)``, in closed form."""
+        C = _inverse(D)
+        p = (C @ self.WV.T + self.b).softmax(-1)
+        inner = self.WV - (p @ self.WV).unsqueeze(-2)  # (starts, N, classes, N)
+        slope = p.unsqueeze(-1) * inner  # dp_n/dc_n
+        N, eye = self.N, torch.eye(self.N, dtype=D.dtype, device=D.device)
+        from_k = torch.einsum("ni,mj->nmij", eye, self.left)
+        from_p = torch.einsum("snmb,snj,sib->snmij", slope, C, C)  # dC = -C dDᵀ C
+        whole = (from_k + from_p).flatten(1, 2).flatten(2)
+        if self.total is None:
+            return whole
+        sums = self.left.T.new_zeros(len(self.left), N, N) + self.left[:, None, :]
+        return torch.cat([whole, sums.flatten(1).expand(len(D), -1, -1)], dim=1)
+
+    def solve(
+        self, labels: tuple[int, ...], generator: torch.Generator, tolerance: float
+    ) -> list[tuple[Tensor, float]]:
+        """Distinct answers for these labels, with their residuals."""
+        one_hot = torch.zeros_like(self.left.T)
+        one_hot[range(self.N), list(labels)] = 1.0
+        D = self._descend(self._starts(one_hot, generator), one_hot)
+        rest = self.residuals(D, one_hot).norm(dim=1) / math.sqrt(self.N)
+        answers: list[tuple[Tensor, float]] = []
+        for i in torch.argsort(rest).tolist():
+            if not float(rest[i]) <= tolerance or len(answers) == math.factorial(min(self.N, 4)):
+                break
+            C = _inverse(D[i])
+            if not any(_same(C, other, labels, 1e3 * tolerance) for other, _ in answers):
+                answers.append((C, float(rest[i])))
+        return answers
+
+    def _starts(self, one_hot: Tensor, generator: torch.Generator) -> Tensor:
+        """``D`` of random predictions, from even to confident ones."""
+        shape = (STARTS, self.N, len(self.left))
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.left)
+        spread = torch.linspace(0.1, 4.0, STARTS, dtype=torch.float64).to(self.left)
+        p = (spread[:, None, None] * noise).softmax(-1)
+        D: Tensor = (p - one_hot) @ torch.linalg.pinv(self.left).T
+        return D
+
+    def _descend(self, D: Tensor, one_hot: Tensor) -> Tensor:
+        """Levenberg and Marquardt, every start with its own damping."""
+        damping = torch.full((len(D), 1, 1), 1e-2, dtype=D.dtype, device=D.device)
+        eye = torch.eye(self.N**2, dtype=D.dtype, device=D.device)
+        r = self.residuals(D, one_hot)
+        for step_number in range(STEPS):
+            J = self.jacobian(D)
+            gram = J.transpose(1, 2) @ J
+            scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
+            factor, _ = torch.linalg.cholesky_ex(gram + damping * scale.unsqueeze(1) * eye)
+            step = torch.cholesky_solve(J.transpose(1, 2) @ r.unsqueeze(-1), factor)
+            trial = D - step.reshape_as(D)
+            new = self.residuals(trial, one_hot)
+            better = (new.norm(dim=1) < r.norm(dim=1)) & torch.isfinite(new).all(1)
+            D = torch.where(better[:, None, None], trial, D)
+            r = torch.where(better[:, None], new, r)
+            damping = torch.where(better[:, None, None], damping / 10, damping * 10)
+            damping = damping.clamp(1e-15, 1e9)
+            if float(r.norm(dim=1).min()) < DONE and step_number > 20:
+                break
+        return D
+
+
+def _inverse(D: Tensor) -> Tensor:
+    """``D⁻ᵀ``; not finite where there is none."""
+    inverse: Tensor = torch.linalg.inv_ex(D.mT).inverse
+    return inverse
+
+
+def _same(C: Tensor, other: Tensor, labels: tuple[int, ...], tolerance: float) -> bool:
+    """Whether two answers differ by the order of samples of equal label alone."""
+    left = list(range(len(C)))
+    for row, label in zip(C, labels, strict=True):
+        match = [
+            i
+            for i in left
+            if labels[i] == label
+            and float((other[i] - row).norm()) <= tolerance * float(row.norm())
+        ]
+        if not match:
+            return False
+        left.remove(match[0])
+    return True

@@ -1,0 +1,155 @@
+"""The tables of the instructor's guide, made from the notebooks and the planted mistakes."""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from .editions import Exercise, exercises_of, read, source_of, sources
+from .mistakes import classroom, load, verdict_on
+
+KINDS = ("sections", "exercises", "objectives", "mistakes")
+MINUTES = re.compile(r"[Aa]bout (\d+) minutes")
+CODE_WORDS = 40  # reading and running a cell takes about as long as reading so many words
+STEP = 5  # minutes to which sections are rounded
+OBJECTIVE = re.compile(r"^- (.+)$", re.MULTILINE)
+
+
+def objectives_of(chapter: Path) -> list[str]:
+    """Read what a chapter says its reader will be able to do: the list in its first cell."""
+    return [
+        line[0].upper() + line[1:].rstrip(".;")
+        for line in OBJECTIVE.findall(source_of(read(chapter)["cells"][0]))
+    ]
+
+
+def title_of(chapter: Path) -> str:
+    """Read the title of a notebook."""
+    return source_of(read(chapter)["cells"][0]).splitlines()[0].removeprefix("# ")
+
+
+def tables(exercises: Path) -> dict[str, str]:
+    """Make every generated table of the guide.
+
+    Returns
+    -------
+    dict of str
+        Markdown: ``"sections"`` shares out each chapter's minutes, ``"exercises"`` lists the
+        exercises, ``"objectives"`` is the matrix of objectives and exercises, ``"mistakes"``
+        that of exercises and planted mistakes with the hints they earn.
+    """
+    makers = (section_table, exercise_table, objective_table, mistake_table)
+    return {kind: make(exercises) for kind, make in zip(KINDS, makers, strict=True)}
+
+
+def section_table(exercises: Path) -> str:
+    """Share the minutes that a chapter states out among its sections, by their length."""
+    lines = ["| Chapter | Section | Minutes |", "|---|---|---|"]
+    for path in sources(exercises):
+        chapter = chapter_of(path)
+        if chapter == path:  # the capstone has no chapter
+            continue
+        stated, shares = minutes_of(chapter)
+        lines.append(f"| **{title_of(chapter)}** | | **{stated}** |")
+        lines += [f"| | {section} | {minutes or 'under 5'} |" for section, minutes in shares]
+    return "\n".join(lines)
+
+
+def minutes_of(chapter: Path) -> tuple[int, list[tuple[str, int]]]:
+    """Return the minutes that a chapter states, and those of each section, in steps of five."""
+    cells = read(chapter)["cells"]
+    found = MINUTES.search(source_of(cells[0]))
+    stated = int(found[1]) if found else 60
+    lengths: dict[str, int] = {}
+    section = "Introduction"
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            lengths[section] = lengths.get(section, 0) + CODE_WORDS
+            continue
+        for line in source_of(cell).splitlines():
+            section = line.removeprefix("## ") if line.startswith("## ") else section
+            lengths[section] = lengths.get(section, 0) + len(line.split())
+    return stated, _shared_out(stated, lengths)
+
+
+def _shared_out(stated: int, lengths: dict[str, int]) -> list[tuple[str, int]]:
+    """Largest remainders: steps that add up to the whole."""
+    exact = {name: n * stated / sum(lengths.values()) / STEP for name, n in lengths.items()}
+    steps = {name: int(share) for name, share in exact.items()}
+    left = stated // STEP - sum(steps.values())
+    for name in sorted(exact, key=lambda name: steps[name] - exact[name])[:left]:
+        steps[name] += 1
+    return [(name, STEP * count) for name, count in steps.items()]
+
+
+def exercise_table(exercises: Path) -> str:
+    """List every exercise with what its card says."""
+    lines = [
+        "| | Exercise | To | Kind | Difficulty | Minutes | Points |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sources(exercises):
+        cards = exercises_of(read(path))
+        lines += [
+            f"| {e.number} | {e.title} | {e.goal} | {e.kind} | {'●' * e.difficulty} | {e.minutes} "
+            f"| {e.points} |"
+            for e in cards
+        ]
+        lines.append(
+            f"| | **{_chapter_title(path)}, in all** | | | | **{sum(e.minutes for e in cards)}** "
+            f"| **{sum(e.points for e in cards)}** |"
+        )
+    return "\n".join(lines)
+
+
+def objective_table(exercises: Path) -> str:
+    """List every objective of a chapter with the exercises that train it."""
+    lines = ["| Chapter | Objective | Exercises |", "|---|---|---|"]
+    for path in sources(exercises):
+        chapter = chapter_of(path)
+        for number, objective in enumerate(objectives_of(chapter), start=1):
+            trained = trains(exercises_of(read(path)), number)
+            lines.append(f"| {title_of(chapter)} | {objective} | {', '.join(trained)} |")
+    return "\n".join(lines)
+
+
+def trains(cards: list[Exercise], objective: int) -> list[str]:
+    """Name the exercises that train an objective."""
+    return [e.number for e in cards if objective in e.objectives]
+
+
+def chapter_of(source: Path) -> Path:
+    """Return the chapter that an assignment belongs to; the capstone is its own."""
+    chapter = source.parents[3] / "book" / source.name
+    return chapter if chapter.exists() else source
+
+
+def _chapter_title(source: Path) -> str:
+    return title_of(chapter_of(source))
+
+
+def mistake_table(exercises: Path) -> str:
+    """Try every planted mistake, and list it with the hint that it earned."""
+    lines = ["| Exercise | Planted mistake | What the student is told |", "|---|---|---|"]
+    for path in sources(exercises):
+        source = read(path)
+        cards = {e.solution: e for e in exercises_of(source)}
+        with redirect_stdout(io.StringIO()):
+            room = classroom(source)
+            for mistake in load(exercises / "mistakes" / f"{path.stem}.py"):
+                card = cards[mistake.exercise]
+                hint = verdict_on(mistake.answer, card, room)
+                caught = hint.replace("|", "\\|").replace("\n", " ") or "**not caught**"
+                lines.append(f"| {card.number} {card.title} | {mistake.name} | {caught} |")
+    return "\n".join(lines)
+
+
+def renewed(guide: str, made: dict[str, str]) -> str:
+    """Put tables between their marks in the text of the guide."""
+    for kind, table in made.items():
+        begin, end = f"<!-- generated: {kind} -->", f"<!-- end of {kind} -->"
+        pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
+        guide = pattern.sub(lambda _, t=table, b=begin, e=end: f"{b}\n{t}\n{e}", guide)  # type: ignore[misc]
+    return guide

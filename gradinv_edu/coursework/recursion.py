@@ -1,0 +1,321 @@
+"""Checks of the exercises to chapter 6, recursion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..fully_connected import recover_from_cross_entropy
+from ..models import mlp
+from ..recursion import Recovery, recover
+from ..sharing import observe
+from ..systems import LayerSystem
+from .verdict import Student, Wrong, ask, compare, demand, pair, right, tensor
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+NOT_TRANSPOSED = (
+    "You multiplied by W where k must go the other way: from the outputs back to the inputs. "
+    "Which index is summed?"
+)
+NO_SLOPE = "You handed k through the layer, but not through the activation below it."
+ACTIVATED = (
+    "You multiplied by the activation itself. The chain rule asks how fast it changes: its slope."
+)
+INVERSE = "You divided by the slope. The chain rule multiplies; what is undone by dividing is z."
+WRONG_LAYER = (
+    "The slopes are those of another layer: they belong to the z below, which went into the "
+    "activation, and not to this layer's own output."
+)
+
+
+def _slopes(z: Tensor, slope: float) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), torch.full_like(z, slope))
+
+
+def check_step_down(step_down: Student, seed: int = 1, units: int = 5) -> None:
+    """Check 6.1: the output gradient, handed one layer down."""
+    for outputs, slope in ((units, 0.2), (units - 2, 0.1)):
+        W = _random(seed, outputs, units)
+        k, z = _random(seed + 1, outputs), _random(seed + 2, units)
+        back, slopes = W.T @ k, _slopes(z, slope)
+        above = W @ nn.functional.leaky_relu(z, slope)
+        known: list[Wrong] = [
+            (NO_SLOPE, back),
+            (ACTIVATED, back * nn.functional.leaky_relu(z, slope)),
+            (INVERSE, back / slopes),
+        ]
+        if outputs == units:
+            known += [(NOT_TRANSPOSED, (W @ k) * slopes), (NOT_TRANSPOSED, W @ k)]
+            known += [(WRONG_LAYER, back * _slopes(above, slope))]
+            known += [(WRONG_LAYER, W.T @ (k * slopes))]
+        answer = ask(step_down, W.clone(), k.clone(), z.clone(), slope)
+        compare(answer, back * slopes, "the output gradient below", known)
+    right("One transpose and one slope: that is the whole recursion of k.")
+
+
+GUESSED = (
+    "You say that every z of a ReLU is known. Where its output is zero, all one knows is that z is "
+    "not positive: it could be anything there."
+)
+TURNED = "Your mask is turned round: the dead units of a ReLU are the unknown ones."
+TOO_CAREFUL = "{name} is one-to-one: nothing is unknown there, and you left entries out."
+MULTIPLIED = (
+    "You applied the leaky slope once more. To undo it, divide where the output is negative."
+)
+OTHER = "You undid tanh with the sigmoid's inverse, or the other way round."
+EVERYWHERE = "You divided by the slope everywhere; positive outputs went through unchanged."
+
+
+def check_undo(undo: Student, seed: int = 2, units: int = 9) -> None:
+    """Check 6.2: what is known of z, and where, once the output of an activation is known."""
+    z = _random(seed, units)
+    leaky, slope = torch.where(z > 0, z, 0.2 * z), 0.2
+    tanh, sigmoid = z.tanh(), z.sigmoid()
+    outputs: dict[str, tuple[Tensor, list[Wrong]]] = {
+        "leaky_relu": (
+            leaky,
+            [
+                (MULTIPLIED, leaky),
+                (MULTIPLIED, torch.where(leaky > 0, leaky, slope * leaky)),
+                (EVERYWHERE, leaky / slope),
+            ],
+        ),
+        "tanh": (tanh, [(OTHER, tanh.logit()), (OTHER, tanh.atanh() * 2)]),
+        "sigmoid": (sigmoid, [(OTHER, sigmoid.atanh()), (OTHER, 2 * sigmoid.atanh())]),
+        "relu": (z.relu(), []),
+    }
+    for name, (a, known) in outputs.items():
+        answer, mask = pair(ask(undo, name, a.clone(), case=f"for {name}"), "undo(...)")
+        marked = tensor(mask, "the mask") != 0
+        demand(marked.shape == z.shape, f"The mask of {name} needs one entry for each unit.")
+        if name == "relu":
+            demand(not torch.equal(marked, z <= 0), TURNED)
+            demand(not bool(marked[z <= 0].any()), GUESSED)
+            found = torch.where(marked, tensor(answer, "z"), 0.0)
+            compare(found, torch.where(z > 0, z, 0.0), "the known part of relu's z")
+        else:
+            compare(answer, z, f"z below {name}", known, tolerance=1e-7)
+        demand(bool(marked[z > 0].all()), TOO_CAREFUL.format(name=name))
+        demand(name == "relu" or bool(marked.all()), TOO_CAREFUL.format(name=name))
+    right("What is known is undone; what is not is left out, and not guessed.")
+
+
+EARLY = "That is the input of an inner layer: you stopped before the bottom."
+LAYER_ABOVE = (
+    "You used the gradient of the layer above. Each layer's own gradient is its k times its own "
+    "input."
+)
+LENGTH = "You divided by |k| where least squares divides by |k|²: the picture's length is wrong."
+LABEL = "The label comes from the last layer, which `recover_from_cross_entropy` solves for you."
+Walk = Callable[[list[Tensor], list[Tensor]], Tensor]
+
+
+def _walk(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    slopes: bool = True,
+    shift: int = 0,
+    power: int = 2,
+    bottom: int = 0,
+) -> Tensor:
+    """The walk down, right by default and wrong in one respect by choice."""
+    top = recover_from_cross_entropy(weights[-1], gradients[-1])[0]
+    x, k = top.x, top.k
+    for layer in range(len(weights) - 2, bottom - 1, -1):
+        k = weights[layer + 1].T @ k
+        k = k * _slopes(x, 0.2) if slopes else k
+        G = gradients[min(layer + shift, len(weights) - 2)]
+        x = (G.T if G.shape[0] != len(k) else G).T @ k / k.norm() ** power
+    return x
+
+
+def check_walk(walk: Student, seed: int = 3, units: int = 12, depth: int = 3) -> None:
+    """Check 6.3: picture and label through a bias-free network."""
+    for label in (2, 0):
+        sizes = [units] * (depth + 1) + [6]
+        weights = [_random(seed + i, m, n) / n**0.5 for i, (n, m) in enumerate(pairwise(sizes))]
+        x = _random(seed + 99, units).abs()
+        gradients = _gradients(weights, x, label)
+        answer = ask(walk, [w.clone() for w in weights], [g.clone() for g in gradients])
+        picture, found = pair(answer, "walk(...)")
+        known: list[Wrong] = [
+            (NO_SLOPE, _walk(weights, gradients, slopes=False)),
+            (LAYER_ABOVE, _walk(weights, gradients, shift=1)),
+            (LENGTH, _walk(weights, gradients, power=1)),
+            *((EARLY, _walk(weights, gradients, bottom=b)) for b in range(1, depth + 1)),
+        ]
+        compare(picture, x, "the picture", known, tolerance=1e-6)
+        demand(int(tensor(found, "the label")) == label, LABEL)
+    right(f"Through {depth + 1} layers without a bias, and nobody told you the label.")
+
+
+def _gradients(weights: list[Tensor], x: Tensor, label: int) -> list[Tensor]:
+    """What the client sends: leaky ReLU of slope 0.2 between layers, softmax cross-entropy."""
+    leaves = [w.clone().requires_grad_() for w in weights]
+    for layer, w in enumerate(leaves):
+        x = w @ (x if layer == 0 else nn.functional.leaky_relu(x, 0.2))
+    loss = nn.functional.cross_entropy(x[None], torch.tensor([label]))
+    return list(torch.autograd.grad(loss, leaves))
+
+
+WHOLE = "Return two whole numbers from 1 to 8: the filters of the first layer and of the second."
+FULL = (
+    "With {first} and {second} filters the second layer has full rank: no analysis would call it "
+    "safe. Take filters away, or make its input larger."
+)
+LOST = (
+    "With {first} and {second} filters the whole gradient leaves {open} directions of the picture "
+    "open: this network is safe from one gradient of one sample. Find one that only looks so."
+)
+COUNTED = (
+    "The second layer has {equations} equations for {unknowns} unknowns: a count already says that "
+    "it lacks some. Find one where the count is content, the rank is not, and the picture falls "
+    "all the same."
+)
+
+
+def check_design(design: Student, seed: int = 4) -> None:
+    """Check 6.4: a layer that lacks rank in a network that does not."""
+    answer = pair(ask(design), "design()")
+    demand(all(isinstance(n, int) and 1 <= n <= 8 for n in answer), WHOLE)
+    first, second = answer
+    model, x = _two_layers(first, second, seed), _random(seed + 9, 1, 1, 8, 8).abs()
+    equations, unknowns, rank = _second_layer(model, x)
+    counts = {"first": first, "second": second, "equations": equations, "unknowns": unknowns}
+    demand(rank < unknowns, FULL.format(**counts))
+    open_directions = x.numel() - _whole_rank(model, x)
+    demand(open_directions == 0, LOST.format(open=open_directions, **counts))
+    demand(equations >= unknowns, COUNTED.format(**counts))
+    right(
+        f"{equations} equations, rank {rank} for {unknowns} unknowns, and yet the whole gradient "
+        "determines every pixel: a layer without rank is not a safe network."
+    )
+
+
+def _two_layers(first: int, second: int, seed: int) -> nn.Sequential:
+    """The network of exercise 6.4, with weights of its own generator."""
+    one = nn.Conv2d(1, first, 3, 1, 1, bias=False)
+    two = nn.Conv2d(first, second, 3, 2, 1, bias=False)
+    head = nn.Linear(16 * second, 10, bias=False)
+    model = nn.Sequential(one, nn.LeakyReLU(0.2), two, nn.LeakyReLU(0.2), nn.Flatten(), head)
+    with torch.no_grad():
+        for place, parameter in enumerate(model.double().parameters()):
+            parameter.copy_(_random(seed + place, *parameter.shape) / parameter[0].numel() ** 0.5)
+    return model
+
+
+def _second_layer(model: nn.Sequential, x: Tensor) -> tuple[int, int, int]:
+    inner = model[:2](x).detach()
+    z = model[2](inner).detach().requires_grad_()
+    loss = nn.functional.cross_entropy(model[3:](z), torch.tensor([3]))
+    (k,) = torch.autograd.grad(loss, z)
+    matrix = LayerSystem(model[2], k, tuple(inner.shape[1:])).to_dense(scaled=True)
+    return (*matrix.shape, int(torch.linalg.matrix_rank(matrix, rtol=1e-10)))
+
+
+def _whole_rank(model: nn.Sequential, x: Tensor) -> int:
+    """Rank of the derivative of the whole gradient with respect to the picture."""
+    x = x.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(model(x), torch.tensor([3]))
+    sent = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    parts = []
+    for gradient in sent:
+        flat = gradient.flatten()
+        each = torch.eye(len(flat), dtype=flat.dtype)
+        (rows,) = torch.autograd.grad(flat, x, each, retain_graph=True, is_grads_batched=True)
+        parts.append(rows.flatten(1) / gradient.detach().abs().max())
+    return int(torch.linalg.matrix_rank(torch.cat(parts), rtol=1e-10))
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a recovery says of itself, without its verdict.
+
+    Attributes
+    ----------
+    full_rank : tuple of bool
+        For each layer, from the last to the first.
+    residuals : tuple of float
+        Likewise: what the layer's answer leaves unexplained, relative.
+    mismatch : float
+        How far the gradient at the answer is from the one that was sent, relative.
+    answers : int
+        How many pictures explain the gradient.
+    precision : float
+        Rounding of the gradients that were sent: about 1e-16 for float64, 1e-7 for float32.
+    """
+
+    full_rank: tuple[bool, ...]
+    residuals: tuple[float, ...]
+    mismatch: float
+    answers: int
+    precision: float
+
+
+def account(recovery: Recovery, precision: float) -> Account:
+    """Make the :class:`Account` of a recovery."""
+    return Account(
+        tuple(layer.full_rank for layer in recovery.layers),
+        tuple(layer.residual for layer in recovery.layers),
+        float("inf") if recovery.mismatch is None else recovery.mismatch,
+        len(recovery.candidates),
+        precision,
+    )
+
+
+ACCEPT = "Everything is in order in this account, down to rounding, and you do not trust it."
+SINGLE = (
+    "These gradients were float32, so 1e-7 is rounding, and you take it for an error. Measure what "
+    "is left by the precision that was sent."
+)
+TWINS = "Two pictures explain this gradient, and you trust the first: which was the client's?"
+LACKING = (
+    "A layer lacks rank, and you trust the picture: its residual is small because there are many "
+    "answers, of which it is one."
+)
+INNER = "The layer that lacks rank is not the last in the table: look at all of them."
+MISMATCH = (
+    "The gradient at the answer is not the one that was sent: they differ by {size:.0%}. All "
+    "layers had their say, and the whole does not fit."
+)
+LEFT = "A layer in the middle leaves {size:.0%} of its equations unexplained, and you trust it."
+
+
+def check_may_trust(may_trust: Student, seed: int = 5) -> None:
+    """Check 6.5: from the account of a recovery to a verdict."""
+    double, single = (torch.finfo(t).eps for t in (torch.float64, torch.float32))
+    honest = _recovered(torch.float64, 10, seed)
+    twins = _recovered(torch.float64, 1, seed)
+    tiny, middle = (1e-15, 1e-14, 3e-14), (1e-15, 0.02, 1e-14)
+    cases = [
+        (honest, True, ACCEPT),
+        (_recovered(torch.float32, 10, seed), True, SINGLE),
+        (Account((True,) * 3, (1e-8, 2e-7, 3e-7), 4e-7, 1, single), True, SINGLE),
+        (twins, False, TWINS),
+        (Account((True, True, False), tiny, 1e-14, 1, double), False, LACKING),
+        (Account((True, False, True), tiny, 1e-14, 1, double), False, INNER),
+        (Account((True,) * 3, tiny, 0.3, 1, double), False, MISMATCH.format(size=0.3)),
+        (Account((True,) * 3, middle, 1e-14, 1, double), False, LEFT.format(size=0.02)),
+    ]
+    for case, truth, hint in cases:
+        demand(bool(ask(may_trust, case)) == truth, hint)
+    right("Rank and residual of every layer, one answer, and the gradient itself once more.")
+
+
+def _recovered(dtype: torch.dtype, outputs: int, seed: int) -> Account:
+    """The account of a real recovery: twins where one logit is all there is."""
+    model = mlp([16, 24, outputs], activation="leaky_relu", bias=False, dtype=dtype)
+    x = _random(seed, 1, 16).abs().to(dtype)
+    with torch.no_grad():
+        sure = (model(x) > 0).to(dtype)
+    loss: nn.Module = nn.BCEWithLogitsLoss() if outputs == 1 else nn.CrossEntropyLoss()
+    update = observe(model, loss, x, sure if outputs == 1 else torch.tensor([3]))
+    return account(recover(model, update, (16,), loss), torch.finfo(dtype).eps)

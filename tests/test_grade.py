@@ -1,0 +1,192 @@
+"""Grading without a server: scores, hints, and what cannot be graded."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from gradinv_edu.coursework import editions
+from gradinv_edu.coursework.editions import Notebook, mark_of
+from gradinv_edu.errors import InvalidArgumentError
+from gradinv_edu.grade import (
+    FULL,
+    PARTLY,
+    TOO_SLOW,
+    UNGRADABLE,
+    AlteredNotebookError,
+    assignment,
+    grade,
+    main,
+    merge,
+)
+
+EXERCISES = Path(__file__).parents[1] / "exercises"
+SOURCES = editions.sources(EXERCISES)
+SOURCE = editions.read(SOURCES[0])
+
+
+@pytest.fixture
+def student() -> Notebook:
+    return editions.student(deepcopy(SOURCE))
+
+
+@pytest.fixture
+def solved() -> Notebook:
+    return editions.solutions(deepcopy(SOURCE))
+
+
+def _small(tmp_path: Path, answer: str, extra: str = "") -> tuple[Path, Path]:
+    """A course of one exercise that starts fast, and a submission to it."""
+    card = "## Exercise 1.1. One\n\n*Derive · difficulty 1 of 5 · 1 minutes · objectives 1*\n"
+    card += "\n**Objective:** count.\n"
+    fill = "def f():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION"
+    hidden = "### BEGIN HIDDEN TESTS\nassert f() is not True\n### END HIDDEN TESTS"
+    test = f"assert f() == 1, 'one'\n{hidden}"
+    marks = {"schema_version": 3, "task": False}
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": card, "id": "a"},
+        _code(fill, {"grade_id": "f", "solution": True, "grade": False, **marks}),
+        _code(
+            test, {"grade_id": "f-check", "grade": True, "points": 2, "solution": False, **marks}
+        ),
+    ]
+    source = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": cells}
+    editions.write(source, tmp_path / "exercises" / "source" / "01_one" / "01_one.ipynb")
+    handed = editions.student(source)
+    handed["cells"][1]["source"] = answer
+    if extra:
+        handed["cells"].insert(1, _code(extra, {}))
+    editions.write(handed, tmp_path / "mine.ipynb")
+    return tmp_path / "mine.ipynb", tmp_path / "exercises"
+
+
+def _code(source: str, mark: dict[str, object]) -> dict[str, object]:
+    metadata = {"nbgrader": mark} if mark else {}
+    code = {"cell_type": "code", "outputs": [], "execution_count": None, "id": source[:9].strip()}
+    return {**code, "metadata": metadata, "source": source}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_all_solutions_earn_full_marks(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "renamed (1).ipynb"
+    editions.write(editions.solutions(editions.read(path)), mine)
+    assert main([str(mine)]) == FULL
+    said = capsys.readouterr().out
+    assert said.startswith(f"{path.stem}: ") and "Note" not in said
+
+
+def test_stubs_earn_nothing_and_are_told_so(tmp_path: Path, student: Notebook) -> None:
+    mine = tmp_path / "mine.ipynb"
+    editions.write(student, mine)
+    report = grade(mine)
+    assert report.points == 0 < report.most
+    assert all("Not done yet" in mark.hint for mark in report.marks)
+
+
+@pytest.mark.parametrize(
+    ("answer", "points", "hint"),
+    [
+        ("def f():\n    return 1", 2, ""),
+        ("def f():\n    return 2", 0, "AssertionError: one"),
+        ("def f():\n    return True", 0, "AssertionError"),  # the hidden test
+        ("def f(:\n    return 1", 0, "does not run: SyntaxError"),
+        ("raise SystemExit", 0, "does not run: SystemExit"),
+        ("%matplotlib inline\ndef f():\n    return 1", 2, ""),
+        ("x = input()\ndef f():\n    return 1", 0, "does not run"),
+    ],
+)
+def test_one_answer(tmp_path: Path, answer: str, points: int, hint: str) -> None:
+    report = grade(*_small(tmp_path, answer))
+    assert report.points == points
+    assert hint in report.marks[0].hint
+    assert not report.notes
+
+
+def test_a_loop_without_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, exercises = _small(tmp_path, "while True:\n    pass")
+    status = main([str(mine), "--exercises", str(exercises), "--seconds", "8"])
+    assert status == TOO_SLOW
+    assert "Time ran out after 8 s in cell f:" in capsys.readouterr().out
+
+
+def test_a_process_that_ends_itself(tmp_path: Path) -> None:
+    report = grade(*_small(tmp_path, "def f():\n    return 1", "import os\nos._exit(0)"))
+    assert report.points == 0
+    assert "ended its own process in cell number 2" in report.notes[0]
+
+
+def test_own_cells_are_welcome(tmp_path: Path) -> None:
+    assert grade(*_small(tmp_path, "def f():\n    return N", "N = 1")).points == 2
+
+
+def test_what_is_locked_is_restored(student: Notebook) -> None:
+    for cell in student["cells"]:
+        if mark_of(cell).get("grade"):
+            cell["source"] = "pass"
+    merged, restored = merge(student, SOURCE)
+    assert restored == [card.check for card in editions.exercises_of(SOURCE)]
+    checks = [cell for cell in merged["cells"] if mark_of(cell).get("grade")]
+    assert all("HIDDEN TESTS" in editions.source_of(cell) for cell in checks)
+
+
+def test_answers_stay_as_they_are(solved: Notebook) -> None:
+    merged, restored = merge(solved, SOURCE)
+    mine = [editions.source_of(c) for c in solved["cells"] if mark_of(c).get("solution")]
+    kept = [editions.source_of(c) for c in merged["cells"] if mark_of(c).get("solution")]
+    assert mine == kept and not restored
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cells: cells.pop(_place(cells, "01-recover")), "are missing: 01-recover"),
+        (lambda cells: cells.reverse(), "in another order"),
+        (lambda cells: cells.append(cells[_place(cells, "01-recover")]), "more than once"),
+        (
+            lambda cells: cells[_place(cells, "01-recover")].update(cell_type="markdown"),
+            "no longer code: 01-recover",
+        ),
+    ],
+)
+def test_an_altered_notebook_is_refused(
+    student: Notebook, change: object, message: str, tmp_path: Path
+) -> None:
+    change(student["cells"])  # type: ignore[operator]
+    editions.write(student, tmp_path / "mine.ipynb")
+    with pytest.raises(AlteredNotebookError, match=message):
+        grade(tmp_path / "mine.ipynb")
+
+
+def _place(cells: list[editions.Cell], name: str) -> int:
+    return [mark_of(cell).get("grade_id") for cell in cells].index(name)
+
+
+def test_a_notebook_of_another_course(tmp_path: Path) -> None:
+    other = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}
+    with pytest.raises(InvalidArgumentError, match="no exercise of this course"):
+        assignment(other, EXERCISES)
+
+
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"nbformat": 4})])
+def test_an_unreadable_file_ends_in_a_message(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.ipynb"
+    path.write_text(content)
+    assert main([str(path)]) == UNGRADABLE
+    assert "cannot be read as a notebook" in capsys.readouterr().err
+
+
+def test_a_missing_file_ends_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere.ipynb"]) == UNGRADABLE
+    assert "nowhere.ipynb" in capsys.readouterr().err
+
+
+def test_points_missing_is_another_status(tmp_path: Path) -> None:
+    mine, exercises = _small(tmp_path, "def f():\n    return 2")
+    assert main([str(mine), "--exercises", str(exercises)]) == PARTLY
