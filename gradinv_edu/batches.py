@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -224,15 +223,23 @@ class _Problem:
         one_hot = torch.zeros_like(self.left.T)
         one_hot[range(self.N), list(labels)] = 1.0
         D = self._descend(self._starts(one_hot, generator), one_hot)
-        rest = self.residuals(D, one_hot).norm(dim=1) / math.sqrt(self.N)
+        rest = self._inconsistency(D, one_hot)
         answers: list[tuple[Tensor, float]] = []
         for i in torch.argsort(rest).tolist():
-            if not float(rest[i]) <= tolerance or len(answers) == math.factorial(min(self.N, 4)):
+            if not float(rest[i]) <= tolerance:
                 break
             C = _inverse(D[i])
             if not any(_same(C, other, labels, 1e3 * tolerance) for other, _ in answers):
                 answers.append((C, float(rest[i])))
         return answers
+
+    def _inconsistency(self, D: Tensor, one_hot: Tensor) -> Tensor:
+        """Largest gap of a sample relative to its ``k``; infinite inputs with ``k = 0`` fit not."""
+        k = D @ self.left.T
+        gaps = self.residuals(D, one_hot)
+        own = gaps[:, : k[0].numel()].reshape(k.shape).norm(dim=2)
+        rest: Tensor = (own / k.norm(dim=2)).amax(dim=1) + gaps[:, k[0].numel() :].norm(dim=1)
+        return rest
 
     def _starts(self, one_hot: Tensor, generator: torch.Generator) -> Tensor:
         """``D`` of random predictions, from even to confident ones."""

@@ -146,6 +146,7 @@ def solve(
     right_hand_side: Rows,
     missing: int,
     *,
+    tolerance: float = SETTLED,
     progress: Progress | None = None,
 ) -> JointSolution:
     r""":math:`\sigma(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\min} + N c` above.
@@ -168,6 +169,9 @@ def solve(
         Of ``top``, from its :meth:`~gradinv_edu.systems.LayerSystem.right_hand_side`.
     missing : int
         About how many dimensions ``top`` leaves open.
+    tolerance : float
+        Relative residual that the noise of the right-hand side allows, for rounds that get no
+        further.
     progress : callable, optional
         Called with the round and its relative residual.
 
@@ -183,7 +187,7 @@ def solve(
     """
     least, null = _split_top(top, right_hand_side.flat(), missing)
     problem = _Problem(list(floors), least, null, tuple(top.input_shape))
-    rounds, converged = problem.settle(progress)
+    rounds, converged = problem.settle(tolerance, progress)
     A, b = problem.linearised(masked=False)
     smallest, largest = _extreme_singular_values(A)
     return JointSolution(
@@ -294,9 +298,9 @@ class _Problem:
     def dropped(self) -> int:
         return int(DROPPED * max(self.spare, 0) / len(self.floors))
 
-    def settle(self, progress: Progress | None) -> tuple[int, bool]:
+    def settle(self, tolerance: float, progress: Progress | None) -> tuple[int, bool]:
         """Linearise and solve until every equation holds, or it stops getting anywhere."""
-        best, stalls = math.inf, 0
+        best, stalls, residual = math.inf, 0, math.inf
         for turn in range(1, ROUNDS + 1):
             step = _least_squares(*self.linearised(masked=True))
             if step is None:  # what is left of the rows no longer determines the unknowns
@@ -312,7 +316,7 @@ class _Problem:
             best = min(best, measure)
             if stalls > 10 or not math.isfinite(residual):
                 break
-        return turn, False
+        return turn, residual <= tolerance
 
     def _move(self) -> tuple[float, int]:
         """Take the outputs from the new answer; its true residual, and units that changed sides."""

@@ -655,7 +655,9 @@ def _solve_together(
         if joint.spare_equations(floors, missing) < 0:
             continue
         with _bar(walk, block) as bar:
-            solved = joint.solve(floors, system, rows, missing, progress=bar)
+            solved = joint.solve(
+                floors, system, rows, missing, tolerance=walk.consistent, progress=bar
+            )
         if solved.converged and solved.full_rank:
             return _joint_state(walk, floors, block, solved, lone), below
     return None
