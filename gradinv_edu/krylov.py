@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-UPDATE = 0.1  # share of its last peak at which a residual is computed anew, in float64
+UPDATE = 0.03  # share of its last peak at which a residual is computed anew, in float64
 STEPS_WITHOUT_GAIN = 1000  # at least; then the iteration has lost its way to rounding
 STEPS_A_DIGIT = 600  # that float32 may take; slower, float64 keeps its conjugacy better
 DYE_LEFT = 1e-3  # of the one that a single open direction keeps, on average, of a random start
+ARRIVED = 4.0  # times the target: a renewed residual that the recurrence puts below it
 INVISIBLE = 2e-15  # share of what AᵀA makes of a dye that rounding hides: from here on, open
 
 Progress = Callable[[int, float], None]
@@ -255,6 +256,8 @@ class _Sweep:
         eps = torch.finfo(torch.float64).eps
         rest = max(8 * math.sqrt(self.rest) * self.scale, self.size)
         run.converged = run.norm <= max(self.target, 4 * eps * math.sqrt(self.gain) * rest)
+        # The recurrence arrived, and the residual as computed anew differs by rounding alone.
+        run.converged = run.converged or max(recursed, run.norm / ARRIVED) <= self.target
         return run.converged or (self.enough is not None and self.enough(run.x))
 
 
