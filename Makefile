@@ -1,6 +1,7 @@
 # make book   the environment, then the book; prints the file to open
 # make test   the environment, then everything that CI runs
 # make lab    the chapters in JupyterLab, to work in
+# make slides a deck of slides for each chapter, for a lecture
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -16,7 +17,7 @@ FOLDERS := gradinv_edu tests book $(wildcard exercises benchmarks)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: book test lab execute format bench clean lint html unit chapters
+.PHONY: book test lab slides execute format bench clean lint html unit chapters
 
 book: html
 	@echo
@@ -31,6 +32,10 @@ lab: $(READY)
 # Runs every chapter again and stores its outputs: make execute, or CHAPTERS=book/01_perceptron.ipynb
 execute: $(READY)
 	$(ONE_THREAD) $(BIN)/python book/execute.py $(CHAPTERS)
+
+# A deck a chapter, in _build/slides; CHAPTERS=… for one.
+slides: $(READY)
+	$(BIN)/python book/slides.py $(CHAPTERS)
 
 format: $(READY)
 	$(BIN)/ruff format $(FOLDERS)

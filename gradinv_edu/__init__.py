@@ -15,11 +15,13 @@ if TYPE_CHECKING:
         batches,
         chain,
         checks,
+        cli,
         convolution,
         coursework,
         data,
         defenses,
         errors,
+        federation,
         fully_connected,
         grade,
         joint,
@@ -32,9 +34,12 @@ if TYPE_CHECKING:
         polish,
         rank,
         recursion,
+        residual,
+        scoreboard,
         sharing,
         sparse,
         systems,
+        widgets,
     )
     from .rank import Audit, audit
     from .recursion import Recovery, recover
@@ -60,11 +65,13 @@ __all__ = [
     "batches",
     "chain",
     "checks",
+    "cli",
     "convolution",
     "coursework",
     "data",
     "defenses",
     "errors",
+    "federation",
     "fully_connected",
     "grade",
     "joint",
@@ -79,9 +86,12 @@ __all__ = [
     "rank",
     "recover",
     "recursion",
+    "residual",
+    "scoreboard",
     "sharing",
     "sparse",
     "systems",
+    "widgets",
 ]
 
 

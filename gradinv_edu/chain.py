@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,50 @@ class Reshape(nn.Module):
         return x.flatten(self.start)
 
 
+class Residual(nn.Module):
+    r""":math:`x \mapsto f(x) + g(x)`: two ways from one place, summed, as one layer.
+
+    Parameters
+    ----------
+    branch, shortcut : sequence of (str, nn.Module)
+        Layers of either way, first to last, with their names in the model; none: the identity.
+    """
+
+    def __init__(
+        self, branch: Sequence[tuple[str, nn.Module]], shortcut: Sequence[tuple[str, nn.Module]]
+    ) -> None:
+        super().__init__()
+        self.ways = (tuple(branch), tuple(shortcut))
+        self.layers = nn.ModuleList(module for way in self.ways for _, module in way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of both ways."""
+        ends = []
+        for way in self.ways:
+            y = x
+            for _, module in way:
+                y = module(y.clone() if getattr(module, "inplace", False) else y)
+            ends.append(y)
+        return ends[0] + ends[1]
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Every parameter's name in this layer, and in the model."""
+        layers = [layer for way in self.ways for layer in way]
+        for index, (prefix, module) in enumerate(layers):
+            for own, known in parameter_names(module):
+                full = known if isinstance(module, Residual) else _join(prefix, known)
+                yield f"layers.{index}.{own}", full
+
+
+def parameter_names(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of a layer's parameters, and what the model calls them below the layer's own name."""
+    if isinstance(module, Residual):
+        yield from module.names()
+    else:
+        for name, _ in module.named_parameters():
+            yield name, name
+
+
 @dataclass(frozen=True)
 class Step:
     """One layer of the chain: its name in the model, and the shapes around it (no batch)."""
@@ -66,8 +110,18 @@ class Step:
         """Whether the layer only renames the entries."""
         return isinstance(self.module, (*RESHAPES, Reshape))
 
+    @property
+    def summing(self) -> bool:
+        """Whether two ways meet in the layer: a residual block."""
+        return isinstance(self.module, Residual)
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Step]:
+    def parameters(self) -> Iterator[tuple[str, str]]:
+        """Name of every parameter in the layer, and in the model."""
+        for own, known in parameter_names(self.module):
+            yield own, known if self.summing else _join(self.name, known)
+
+
+def trace(model: nn.Module, input_shape: tuple[int, ...], *, sums: bool = False) -> list[Step]:
     """List the layers of ``model`` from the input to the output.
 
     Parameters
@@ -77,6 +131,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Step]:
         which is a chain: each layer takes the output of the one before.
     input_shape : tuple of int
         Shape of one input, without the batch dimension.
+    sums : bool
+        Whether two ways that part and meet again in a sum become one :class:`Residual` layer;
+        refused otherwise.
 
     Returns
     -------
@@ -93,8 +150,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Step]:
         If the model does not take inputs of this shape.
     """
     double = copy.deepcopy(model).to(torch.float64).requires_grad_(False)
-    named = _sequential(double) if _all_sequential(double) else _traced(double)
-    _refuse_sharing(named)
+    named = _sequential(double, sums) if _all_sequential(double) else _traced(double, sums)
+    _refuse_sharing(list(_flat(named)))
     return _with_shapes(named, tuple(input_shape), double)
 
 
@@ -106,24 +163,37 @@ def _is_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn") or isinstance(module, Reshape)
 
 
-def _sequential(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def _sequential(model: nn.Module, sums: bool, prefix: str = "") -> list[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Sequential):
         if _is_layer(model):
             return [(prefix, model)]
-        return [(_join(prefix, name), module) for name, module in _traced(model)]
+        return _below(prefix, _traced(model, sums))
     return [
         layer
         for name, child in model._modules.items()  # named_children() names a shared layer once
         if child is not None
-        for layer in _sequential(child, _join(prefix, name))
+        for layer in _sequential(child, sums, _join(prefix, name))
     ]
 
 
+def _below(prefix: str, layers: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The same layers by their names in the model that holds them as ``prefix``."""
+    named = []
+    for name, module in layers:
+        if isinstance(module, Residual):
+            module = Residual(*(_below(prefix, way) for way in module.ways))
+        named.append((_join(prefix, name), module))
+    return named
+
+
 def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+    return ".".join(part for part in (prefix, name) if part)
 
 
-def _traced(model: nn.Module) -> list[tuple[str, nn.Module]]:
+_Way = tuple[tuple[fx.Node, tuple[tuple[str, nn.Module], ...]], ...]  # nodes from the input on
+
+
+def _traced(model: nn.Module, sums: bool) -> list[tuple[str, nn.Module]]:
     try:
         graph = fx.symbolic_trace(model)
     except Exception as error:
@@ -131,23 +201,91 @@ def _traced(model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"torch.fx cannot trace the forward pass of {type(model).__name__}: {error}. "
             "Write it without control flow on data, or as nn.Sequential."
         ) from error
-    layers: list[tuple[str, nn.Module]] = []
+    ways: dict[fx.Node, _Way] = {}
     previous: fx.Node | None = None
     for node in graph.graph.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and not node.users):
             continue
         if node.op == "placeholder":
             _refuse_second_input(previous, node)
+            ways[node] = ()
         elif node.op == "output":
-            _refuse_branch(previous, node)
+            return _all_used(ways, previous, node, sums)
+        elif _is_size_query(node):
             continue
-        elif not _is_size_query(node):
-            _refuse_branch(previous, node)
-            layers += _layers_of(graph, node)
         else:
-            continue
+            ways[node] = _way_to(graph, ways, previous, node, sums)
         previous = node
+    raise UnsupportedLayerError(f"{type(model).__name__} returns nothing.")
+
+
+def _way_to(
+    graph: fx.GraphModule,
+    ways: dict[fx.Node, _Way],
+    previous: fx.Node | None,
+    node: fx.Node,
+    sums: bool,
+) -> _Way:
+    sources = _sources(node)
+    if sums and len(sources) == 2 and _kind(node) in _SUMS and not node.kwargs:
+        return _met(ways, node, *sources)
+    if not sums or len(sources) != 1 or sources[0] not in ways:
+        _refuse_branch(previous, node)
+    return (*ways[sources[0]], (node, tuple(_layers_of(graph, node, sums))))
+
+
+def _met(ways: dict[fx.Node, _Way], node: fx.Node, one: fx.Node, other: fx.Node) -> _Way:
+    """One layer for what lies between the place where two ways part and their sum."""
+    a, b = ways[one], ways[other]
+    common = 0
+    while common < min(len(a), len(b)) and a[common][0] is b[common][0]:
+        common += 1
+    branch, shortcut = (
+        [layer for _, layers in way[common:] for layer in layers]
+        for way in sorted((a, b), key=len, reverse=True)
+    )
+    return (*a[:common], (node, ((node.name, Residual(branch, shortcut)),)))
+
+
+def _all_used(
+    ways: dict[fx.Node, _Way], previous: fx.Node | None, output: fx.Node, sums: bool
+) -> list[tuple[str, nn.Module]]:
+    """Layers on the way to the output, after checking that none lies beside it."""
+    (last,) = _sources(output) if sums and len(_sources(output)) == 1 else (None,)
+    if last is None or last not in ways:
+        _refuse_branch(previous, output)
+        assert previous is not None
+        last = previous
+    layers = [layer for _, found in ways[last] for layer in found]
+    on_the_way = {id(module) for _, module in _flat(layers)}
+    for node, way in ways.items():
+        for name, module in _flat(way[-1][1] if way else ()):
+            if id(module) not in on_the_way:
+                raise UnsupportedLayerError(
+                    f"The model is not a chain: {name or node.name!r} does not lead to its output."
+                )
     return layers
+
+
+def _flat(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Layers one by one, those inside residual blocks as well."""
+    for name, module in layers:
+        if isinstance(module, Residual):
+            for way in module.ways:
+                yield from _flat(way)
+        else:
+            yield name, module
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if not _is_size_query(n) and n.op != "get_attr"]
+
+
+def _kind(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+_SUMS = {"add", "add_", "iadd"}
 
 
 def _is_size_query(node: fx.Node) -> bool:
@@ -165,19 +303,19 @@ def _refuse_second_input(previous: fx.Node | None, node: fx.Node) -> None:
 
 
 def _refuse_branch(previous: fx.Node | None, node: fx.Node) -> None:
-    used = [n for n in node.all_input_nodes if not _is_size_query(n) and n.op != "get_attr"]
+    used = _sources(node)
     if used != [previous]:
         sources = ", ".join(n.name for n in used) or "nothing"
         raise UnsupportedLayerError(
             f"The model is not a chain: {node.name!r} takes {sources}, where the layer before is "
-            f"{previous.name if previous else None!r}. Sums and concatenations of branches "
-            "(residual connections) make one joint system, which is not solved here."
+            f"{previous.name if previous else None!r}. Branches are handled where two of them "
+            "part and meet again in a sum (residual connections)."
         )
 
 
-def _layers_of(graph: fx.GraphModule, node: fx.Node) -> list[tuple[str, nn.Module]]:
+def _layers_of(graph: fx.GraphModule, node: fx.Node, sums: bool) -> list[tuple[str, nn.Module]]:
     if node.op == "call_module":
-        return _sequential(graph.get_submodule(str(node.target)), str(node.target))
+        return _sequential(graph.get_submodule(str(node.target)), sums, str(node.target))
     module = _from_call(node)
     if module is None:
         raise UnsupportedLayerError(
@@ -188,8 +326,7 @@ def _layers_of(graph: fx.GraphModule, node: fx.Node) -> list[tuple[str, nn.Modul
 
 
 def _from_call(node: fx.Node) -> nn.Module | None:
-    key = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    make = _CALLS.get(str(key))
+    make = _CALLS.get(_kind(node))
     return make(*node.args[1:], **_options(node)) if make else None
 
 
@@ -272,6 +409,8 @@ def _with_shapes(
 
 
 def _shape_only(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, Residual):
+        module = copy.deepcopy(module).eval()
     if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
         return x  # neither statistics nor random numbers are spent on a shape
     output: Tensor = module(x)

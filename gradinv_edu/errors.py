@@ -45,3 +45,11 @@ class InvalidArgumentError(GradientInversionError, ValueError):
 
 class NotRecoveredError(GradientInversionError, RuntimeError):
     """The search ended, by its budget or by itself, without an answer that may be trusted."""
+
+
+class MissingExtraError(GradientInversionError, ImportError):
+    """A part of the package needs something that is not installed; the message names the extra."""
+
+
+class ResultsFileError(GradientInversionError, OSError):
+    """A results file is damaged, or was made by other versions or with other settings."""

@@ -369,6 +369,98 @@ def photo_cnn(
     return _drawn(net, generator, dtype, device)
 
 
+class ResidualBlock(nn.Module):
+    r""":math:`x \mapsto g(x) + W_2\,\sigma(W_1 x)`: two 3×3 convolutions and a shortcut.
+
+    Parameters
+    ----------
+    channels, filters : int
+        Of the input, and of both convolutions.
+    stride : int
+        Of the first convolution. The shortcut is the identity where neither size nor channels
+        change, else a 1×1 convolution of the same stride.
+    activation : str
+        One of :data:`ACTIVATIONS`.
+    bias : bool
+        Whether the convolutions have biases.
+    """
+
+    def __init__(
+        self, channels: int, filters: int, stride: int, activation: str, bias: bool
+    ) -> None:
+        super().__init__()
+
+        def convolution(inputs: int, kernel: int, stride: int) -> nn.Conv2d:
+            padding = kernel // 2
+            return nn.Conv2d(inputs, filters, kernel, stride, padding, bias=bias, device="meta")
+
+        self.first, self.act = convolution(channels, 3, stride), _activation(activation)
+        self.second = convolution(filters, 3, 1)
+        alike = channels == filters and stride == 1
+        self.shortcut = nn.Identity() if alike else convolution(channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of both ways."""
+        total: Tensor = self.shortcut(x) + self.second(self.act(self.first(x)))
+        return total
+
+
+def resnet(
+    input_shape: Shape = (3, 32, 32),
+    outputs: int = 10,
+    width: int = 16,
+    activation: str = "leaky_relu",
+    bias: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> nn.Sequential:
+    """A 3×3 convolution, a residual block, another that halves the picture, a dense layer.
+
+    A small network of the kind of He et al. (2016), without batch norm and pooling.
+
+    Parameters
+    ----------
+    input_shape : sequence of int
+        ``(C, H, W)`` of a picture.
+    outputs : int
+        Number of logits.
+    width : int
+        Filters of the first convolution and block; the second block has twice as many.
+    activation : str
+        One of :data:`ACTIVATIONS`.
+    bias : bool
+        Whether the layers have biases.
+    generator : torch.Generator, optional
+        Source of the weights; ``None``: a fixed seed.
+    dtype, device
+        Of the parameters.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        The convolution at place 0, :class:`ResidualBlock` at 2 and 4, the dense layer at 7.
+
+    Raises
+    ------
+    ValueError
+        If a size is not a positive whole number, or the picture is too small.
+    UnknownNameError
+        If there is no such activation.
+    """
+    channels = _picture_shape(input_shape)[0]
+    (width,) = _positive((width,), "width")
+    layers = _convolutions([(channels, width, 3, 1, 1)], activation, bias)
+    for block in (
+        ResidualBlock(width, width, 1, activation, bias),
+        ResidualBlock(width, 2 * width, 2, activation, bias),
+    ):
+        layers += [block, _activation(activation)]
+    net = _classifier(layers, input_shape, outputs, bias)
+    return _drawn(net, generator, dtype, device)
+
+
 def _rgap_layers(input_shape: Shape, second: int, activation: str, bias: bool) -> list[nn.Module]:
     plan = [
         (_picture_shape(input_shape)[0], 12, 4, 2, 2),
@@ -421,8 +513,8 @@ def _drawn(
     """Give a network without memory its weights; the global generator is not asked."""
     source = generator or torch.Generator().manual_seed(0)
     net = net.to(dtype).to_empty(device=device or "cpu")
-    for layer in net:
-        for parameter in layer.parameters():
+    for layer in net.modules():
+        for parameter in layer.parameters(recurse=False):
             limit = bound or 1 / math.sqrt(layer.weight[0].numel())  # type: ignore[index]
             _fill(parameter, limit, source)
     return net

@@ -95,9 +95,9 @@ def chain_gradient(
     """
     _refuse_unseen_masks(steps, kept)
     parameters = {
-        _join(step.name, name): parameter.detach()
+        known: step.module.get_parameter(own).detach()
         for step in steps
-        for name, parameter in step.module.named_parameters()
+        for own, known in step.parameters()
     }
     target = target.to(torch.float64) if target.is_floating_point() else target
 
@@ -126,14 +126,10 @@ def _refuse_unseen_masks(steps: Sequence[Step], kept: Mapping[str, Tensor]) -> N
 
 
 def _apply(step: Step, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    own = {n: weights[_join(step.name, n)] for n, _ in step.module.named_parameters()}
+    own = {name: weights[known] for name, known in step.parameters()}
     x = x.clone() if getattr(step.module, "inplace", False) else x
     output: Tensor = functional_call(step.module, own, (x,))
     return output
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def polish(

@@ -19,9 +19,10 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from . import checks, joint
 from .activations import NORMS, is_elementwise, undo
-from .chain import POOLS, RESHAPES, WEIGHTED, Step, trace
+from .chain import POOLS, RESHAPES, WEIGHTED, Residual, Step, trace
 from .errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
 from .krylov import cgls, open_share
+from .residual import Linearised, ResidualSystem, refuse_random
 from .systems import DENSE_UNKNOWNS, RANK_TOLERANCE, LayerSystem, ScaledSystem
 
 INERTIA_UNKNOWNS = 4096  # up to which the rank of a deficient layer is counted exactly
@@ -33,6 +34,8 @@ AUTOMATIC_JACOBIAN = 512  # unknowns up to which `audit` computes the whole netw
 EXACT_MAP = 1024  # unknowns up to which a leak map is exact
 PROJECTED = 1e-5  # residual, relative, at which a probe is projected well enough
 PROJECTION_STEPS = 500
+SUM_UNKNOWNS = 8192  # up to which a residual block is audited as one system
+SUM_STEPS = 1000  # of its iterative rank test
 PROBE_GAP = 1e-9  # singular values of a sketched Jacobian below this share count as zero
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -485,6 +488,25 @@ def _assess(system: LayerSystem, generator: torch.Generator) -> _Found:
     return _tested(system, bound, generator)
 
 
+def _assess_sum(system: ResidualSystem, x: Tensor, generator: torch.Generator) -> _Found:
+    """Rank of a residual block's equations, linearised at ``x``."""
+    n, at = x.numel(), Linearised(system, x)
+    equations = system.weight_equations + system.gradient_equations
+    if n <= DENSE_UNKNOWNS and n * equations <= ENTRIES:
+        units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape)
+        rank = _svd_rank(torch.stack([at.forward(unit).flat() for unit in units], dim=1))
+        return _Found(rank, "svd", rank == n)
+    if equations < n:
+        return _Found(equations, "at most", False)
+    system.balance(x, generator)
+    share, run = open_share(Linearised(system, x), _draw(x, generator), SUM_STEPS)
+    if share == 0:
+        return _Found(n, "iterative", True)
+    if run.iterations < SUM_STEPS:
+        return _Found(min(n - 1, round(n * (1 - share))), "estimate", False)
+    return _Found(n, "undecided", None)
+
+
 def _counted(system: LayerSystem, bound: int) -> _Found:
     """Rank of a system that a bound shows to be deficient."""
     if _writable(system):
@@ -669,9 +691,10 @@ def audit(
     Parameters
     ----------
     model : nn.Module
-        Any that ``torch.fx`` can trace. Where it is no chain (residual sums), or holds layers
-        that cannot be undone (max pooling, batch norm in train mode), the report says where and
-        why, and counts the layers all the same.
+        Any that ``torch.fx`` can trace; a residual block of up to 8192 unknowns counts as one
+        layer. Where it is no chain even so, or holds layers that cannot be undone (max pooling,
+        batch norm in train mode), the report says where and why, and counts the layers all the
+        same.
     input_shape : tuple of int
         Of one sample, such as ``(3, 32, 32)``.
     inputs : Tensor, optional
@@ -767,7 +790,8 @@ def _output_gradient(outputs: Tensor, generator: torch.Generator) -> Tensor:
 def _chain_audit(
     model: nn.Module, x: Tensor, generator: torch.Generator, progress: bool, together: bool
 ) -> Audit:
-    steps = trace(model, tuple(x.shape[1:]))
+    steps = trace(model, tuple(x.shape[1:]), sums=True)
+    _refuse_sums(steps)
     device = next((p.device for p in model.parameters()), x.device)
     passed = _pass(steps, x.to(device), generator)
     begins, why = _beginning(steps)
@@ -794,6 +818,17 @@ def _chain_audit(
         network=None,
         notes=tuple(walk.notes(None if begins is None else steps[begins])),
     )
+
+
+def _refuse_sums(steps: Sequence[Step]) -> None:
+    for step in steps:
+        if isinstance(step.module, Residual):
+            refuse_random(step.module)
+        if step.summing and math.prod(step.input_shape) > SUM_UNKNOWNS:
+            raise UnsupportedLayerError(
+                f"The residual block that ends in {step.name} has {math.prod(step.input_shape)} "
+                f"unknowns; as one system it is audited up to {SUM_UNKNOWNS}."
+            )
 
 
 def _pass(steps: Sequence[Step], x: Tensor, generator: torch.Generator) -> _Passed:
@@ -891,6 +926,8 @@ class _Audited:
             self._reshape(step)
         elif step.weighted or step.pooling:
             return self._layer(position)
+        elif step.summing:
+            self._sum(position)
         elif (reason := _cannot_undo(step.module)) is not None:
             self._stop(position, reason)
         else:
@@ -927,6 +964,32 @@ class _Audited:
         if wanted and found.recoverable is False and system is not None:
             self._borrow(system, found, first)
         return below
+
+    def _sum(self, position: int) -> None:
+        """A residual block: everything that its two ways share is one system."""
+        step, x = self.steps[position], self.passed.values[position]
+        k, mask = self.passed.gradients[position + 1], self.known
+        assert isinstance(step.module, Residual)
+        self.masked |= mask is not None
+        row_mask = None if mask is None else mask.to(torch.float64)
+        shapes = {name: torch.zeros_like(p) for name, p in step.module.named_parameters()}
+        system = ResidualSystem(step.module, k, shapes, row_mask)
+        system.use("all")
+        found = _assess_sum(system, x, self.generator)
+        self.known = None
+        self.layers.append(
+            LayerAudit(
+                name=step.name,
+                kind="Residual",
+                unknowns=x.numel(),
+                weight_equations=system.weight_equations,
+                gradient_equations=system.gradient_equations,
+                rank=found.rank,
+                method=found.method,
+                recoverable=found.recoverable,
+                needed=position <= self.begins,
+            )
+        )
 
     def _examine(
         self, block: list[Step], module: nn.Module, k: Tensor

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from . import batches, fully_connected, joint
+from . import batches, fully_connected, joint, residual
 from . import polish as polishing
 from .activations import NORMS, undo
-from .chain import Step, trace
+from .chain import Residual, Step, trace
 from .errors import (
     GradientInversionError,
     InconsistentGradientError,
@@ -55,6 +55,9 @@ class LayerReport:
         Of the row-scaled system.
     error : float
         Estimated relative error of this input: residual over smallest singular value.
+    inputs : Tensor or None
+        What was found for the layer's input, ``(N, *input_shape)``, float64; of the lowest
+        layer where several are solved as one.
     """
 
     name: str
@@ -66,6 +69,7 @@ class LayerReport:
     undetermined: float
     smallest_singular_value: float
     error: float
+    inputs: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,9 @@ def recover(
     r""":math:`k_{\text{below}} = (W^\top k) \odot \sigma'(z_{\text{below}})`, layer after layer.
 
     The recursion from the loss, or from the lowest dense layer whose bias gradient gives ``k``
-    directly, down to the input. Implements :eq:`recursion-delta`.
+    directly, down to the input; a residual block
+    (:class:`gradinv_edu.residual.ResidualSystem`) is one step of it.
+    Implements :eq:`recursion-delta`.
 
     Parameters
     ----------
@@ -269,7 +275,7 @@ def recover(
     update.check(model)
     if update.weight_decay:
         update = without_weight_decay(model, update)
-    steps = trace(model, input_shape)
+    steps = trace(model, input_shape, sums=True)
     device = next(model.parameters()).device
     dtype = _coarsest(update.gradients)
     gradients = {n: g.detach().to(device, torch.float64) for n, g in update.gradients.items()}
@@ -346,6 +352,7 @@ def _polished(walk: _Walk, found: Candidate, loss: nn.Module) -> Candidate:
         undetermined=0.0,
         smallest_singular_value=better.smallest_singular_value,
         error=better.error,
+        inputs=better.inputs,
     )
     accurate = better.error <= TOLERANCES[walk.dtype][1]
     return Candidate(
@@ -384,12 +391,10 @@ def _starts(walk: _Walk, loss: nn.Module) -> tuple[list[tuple[int, _State]], lis
         return [(lowest, state)], [_target(outputs[0].target) if outputs else None]
     starts = []
     for output in outputs:
-        _report_dense(walk, walk.steps[last], output.residual, 0.0)
         x = output.x.unsqueeze(0)
         k = _pull_back(walk.steps[last].module, output.k.unsqueeze(0), x)
         error = max(output.residual, walk.eps)
         starts.append((last, _State(x, None, k, error, error)))
-    walk.reports.clear()
     return starts, [_target(o.target) for o in outputs]
 
 
@@ -493,7 +498,6 @@ def _from_bias(walk: _Walk, index: int) -> _State:
     G, b = walk.gradient(step, "weight"), walk.gradient(step, "bias")
     assert G is not None and b is not None
     x, k, residual, error = _dense_from_bias(walk, G, b)
-    _report_dense(walk, step, residual, error)
     k_below = _pull_back(step.module, k.unsqueeze(0), x.unsqueeze(0))
     return _State(x.unsqueeze(0), None, k_below, max(3 * residual, walk.eps), error)
 
@@ -507,11 +511,11 @@ def _dense_from_bias(walk: _Walk, G: Tensor, b: Tensor) -> tuple[Tensor, Tensor,
     return x, k, split.residual, spread / float(k.norm() * x.norm() + 1e-300)
 
 
-def _report_dense(walk: _Walk, step: Step, residual: float, error: float) -> None:
+def _report_dense(walk: _Walk, step: Step, residual: float, error: float, x: Tensor) -> None:
     outputs, inputs = math.prod(step.output_shape), math.prod(step.input_shape)
     unknowns = walk.batch_size * inputs
     walk.reports.append(
-        LayerReport(step.name, unknowns, outputs * inputs, residual, 0, True, 0.0, 1.0, error)
+        LayerReport(step.name, unknowns, outputs * inputs, residual, 0, True, 0.0, 1.0, error, x)
     )
 
 
@@ -521,7 +525,7 @@ def _report_dense(walk: _Walk, step: Step, residual: float, error: float) -> Non
 def _descend(walk: _Walk, index: int, state: _State, strict: bool) -> Tensor:
     """From the input of step ``index`` to the input of the chain."""
     if not walk.reports:
-        _report_dense(walk, walk.steps[index], state.error, state.error)
+        _report_dense(walk, walk.steps[index], state.error, state.error, state.value)
     position = index - 1
     while position >= 0:
         step = walk.steps[position]
@@ -529,6 +533,10 @@ def _descend(walk: _Walk, index: int, state: _State, strict: bool) -> Tensor:
             state = _reshape(state, step)
         elif step.elementwise:
             state = _undo(walk, state, step)
+        elif step.summing:
+            state = _solve_sum(walk, state, step)
+            if strict and walk.reports[-1].residual > 1e3 * walk.consistent:
+                _contradict(walk)
         else:
             state, position = _solve(walk, state, position)
             if strict and walk.reports[-1].residual > 1e3 * walk.consistent:
@@ -629,6 +637,44 @@ def _solve(walk: _Walk, state: _State, position: int) -> tuple[_State, int]:
     return lone, below
 
 
+def _solve_sum(walk: _Walk, state: _State, step: Step) -> _State:
+    """Input of a residual block."""
+    assert isinstance(step.module, Residual)
+    sent = {
+        own: walk.gradients[known] for own, known in step.parameters() if known in walk.gradients
+    }
+    system = residual.ResidualSystem(
+        step.module, state.k, sent, state.weight, constraints=walk.constraints
+    )
+    with _bar(walk, [step]) as bar:
+        solved = residual.solve(
+            system,
+            state.value,
+            step.input_shape,
+            noise=walk.eps,
+            generator=walk.generator,
+            progress=bar,
+        )
+    reach = solved.largest_singular_value / max(solved.smallest_singular_value, 1e-300)
+    error = max(solved.residual, walk.eps) * reach
+    k = _pull_back(step.module, state.k, solved.inputs)
+    walk.reports.append(
+        LayerReport(
+            step.name,
+            solved.inputs.numel(),
+            solved.equations,
+            solved.residual,
+            solved.iterations,
+            solved.full_rank,
+            solved.undetermined,
+            solved.smallest_singular_value,
+            error,
+            solved.inputs,
+        )
+    )
+    return _State(solved.inputs, None, k, max(3 * solved.residual, walk.eps), error)
+
+
 def _as_module(block: list[Step]) -> nn.Module:
     return block[0].module if len(block) == 1 else nn.Sequential(*[s.module for s in block])
 
@@ -699,6 +745,7 @@ def _joint_state(
             0.0,
             solved.smallest_singular_value,
             error,
+            solved.inputs[0],
         )
     )
     k = lone.k
@@ -748,7 +795,7 @@ def _dense_state(
 ) -> _State:
     assert isinstance(step.module, nn.Linear)
     residual = max(residual, _forward_gap(step.module, x, state))
-    _report_dense(walk, step, residual, max(error, residual))
+    _report_dense(walk, step, residual, max(error, residual), x)
     k_below = _pull_back(step.module, k, x)
     return _State(x, None, k_below, max(3 * residual, walk.eps), error)
 
@@ -796,6 +843,7 @@ def _report(
         undetermined=solution.undetermined,
         smallest_singular_value=solution.smallest_singular_value,
         error=error,
+        inputs=solution.inputs,
     )
 
 
@@ -804,8 +852,8 @@ def _name(block: list[Step]) -> str:
 
 
 def _pull_back(module: nn.Module, k: Tensor, x: Tensor) -> Tensor:
-    """``Wᵀ k`` for a layer linear in its input."""
-    pull = vjp(module, torch.zeros_like(x))[1]
+    """``Jᵀ k`` at ``x``; ``Wᵀ k`` for a layer linear in its input."""
+    pull = vjp(module, x)[1]
     below: Tensor = pull(k)[0]
     return below
 

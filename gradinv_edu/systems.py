@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import functional_call, vjp
 
 from . import checks
 from .errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
@@ -135,14 +135,8 @@ class ModuleOperator:
         from_rows: Tensor = pull(rows)[0]
         if not self.weights:
             return from_rows
-        direction = unpack(gradient_rows, self.weights)
-
-        def slope(x: Tensor) -> Tensor:  # d<k, f(W + t·g, x)>/dt: affine in x like f itself
-            tangent = jvp(lambda weights: self._call(weights, x), (self.weights,), (direction,))[1]
-            total: Tensor = (self.k * tangent).sum()
-            return total
-
-        from_gradient: Tensor = grad(slope)(self.zero)
+        # What the gradient rows are made of is affine in x; its derivative's adjoint, at zero.
+        from_gradient: Tensor = vjp(self._weight_pull, self.zero)[1](gradient_rows)[0]
         return from_rows + from_gradient
 
     def to(self, dtype: torch.dtype) -> ModuleOperator:
@@ -159,12 +153,6 @@ def pack(gradients: Mapping[str, Tensor]) -> Tensor:
     """One tensor for a module's weight gradients: as it is for one weight, else end to end."""
     tensors = list(gradients.values())
     return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-
-
-def unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo :func:`pack` for weights shaped as in ``like``."""
-    parts = torch.split(packed.reshape(-1), [t.numel() for t in like.values()])
-    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
 
 
 def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int] | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from browser import chromium, site, visit  # noqa: F401
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

@@ -277,6 +277,72 @@ def test_what_is_no_chain_is_refused_by_name(
         trace(model, shape)
 
 
+class Bottleneck(nn.Module):
+    """A projected shortcut, an addition in place, and a block within a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.act = Residual(), nn.ReLU(inplace=True)
+        self.wide, self.short = nn.Conv2d(1, 2, 3, 2, 1), nn.Conv2d(1, 2, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(self.act(self.inner(x)))
+        y += self.short(x)
+        return torch.relu(y)
+
+
+def test_a_sum_of_two_ways_is_one_layer_where_sums_are_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), Bottleneck(), nn.Flatten(), nn.Linear(8, 2)).double()
+    steps = trace(model, (1, 4, 4), sums=True)
+    assert [s.name for s in steps] == ["0", "1.add_1", "1.relu", "2", "3"]
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    kept, found = x.clone(), x
+    for step in steps:
+        found = step.module(found)
+    assert torch.equal(found, model(x)) and torch.equal(x, kept)
+    names = dict(pair for step in steps for pair in [(k, o) for o, k in step.parameters()])
+    assert set(names) == dict(model.named_parameters()).keys()
+    assert steps[1].module.get_parameter(names["1.inner.conv.weight"]).shape == (1, 1, 3, 3)
+    assert [s.summing for s in steps] == [False, True, False, False, False]
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        return x + self.fc(x)
+
+
+class Joining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.tanh()], 1)
+
+
+class TwiceInASum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.fc(torch.tanh(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Beside(), "'unused' does not lead to its output"),
+        (Joining(), "not a chain: 'cat' takes x, tanh"),
+        (TwiceInASum(), "fc and fc are the same layer, used twice"),
+    ],
+)
+def test_other_branches_are_refused_even_so(model: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedLayerError, match=message):
+        trace(model, (3,), sums=True)
+
+
 def test_a_shared_layer_in_a_sequential_is_refused() -> None:
     shared = nn.Linear(3, 3)
     model = nn.Sequential(shared, nn.Tanh(), nn.Sequential(shared))

@@ -10,9 +10,11 @@ import torch
 
 from gradinv_edu.coursework import editions, guide, mistakes
 from gradinv_edu.coursework.__main__ import drifted, made, main
+from gradinv_edu.coursework.recursion import fits, plan
 from gradinv_edu.coursework.verdict import ask, compare, pair, tensor
 from gradinv_edu.coursework.wrong import WrongAnswerError
 from gradinv_edu.errors import InvalidArgumentError
+from gradinv_edu.systems import LayerSystem
 
 TRUTH = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
 EXERCISES = Path(__file__).parents[1] / "exercises"
@@ -194,3 +196,18 @@ def test_drift_is_found_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture
     assert drifted(made(exercises)) == [edition]
     assert main(["--check", "--exercises", str(exercises)]) == 1
     assert f"drifted: {edition}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (3, 5, 5, 3), (3, 5, 7, 3), (3, 6, 3, 2)])
+def test_the_count_of_exercise_6_6_is_the_rank(shape: tuple[int, int, int, int]) -> None:
+    channels, size, filters, kernel = shape
+    g = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(channels, filters, kernel, bias=False).double()
+    side, most = size - kernel + 1, fits(plan("a", *shape))
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=g, dtype=torch.float64))
+    for samples in filter(None, (most, most + 1)):
+        k = torch.randn(samples, filters, side, side, generator=g, dtype=torch.float64)
+        A = LayerSystem(conv, k, (channels, size, size)).to_dense(scaled=True)
+        full = int(torch.linalg.matrix_rank(A)) == A.shape[1] == samples * channels * size**2
+        assert full == (samples <= most)

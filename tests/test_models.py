@@ -89,7 +89,8 @@ def test_dropout_is_there_only_if_asked_for() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 23), (3, 64, 64)])
 @pytest.mark.parametrize(
-    "net", [models.cnn6, models.cnn6_d, models.lenet, models.wide_cnn, models.photo_cnn]
+    "net",
+    [models.cnn6, models.cnn6_d, models.lenet, models.wide_cnn, models.photo_cnn, models.resnet],
 )
 def test_any_picture_fits(net: Net, shape: tuple[int, ...]) -> None:
     assert net(input_shape=shape)(torch.zeros(2, *shape)).shape[0] == 2

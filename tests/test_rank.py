@@ -362,6 +362,24 @@ class Residual(nn.Module):
         return self.head(torch.flatten(x + torch.relu(self.inside(x)), 1))
 
 
+class LargeResidual(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 64 * 64, 4)
+
+
+class Narrow(nn.Module):
+    """A residual block whose ways both lose pixels, and one that keeps them."""
+
+    def __init__(self, filters: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, filters, 3, 2, 1), nn.Conv2d(filters, filters, 3, 1, 1)
+        self.short, self.head = nn.Conv2d(3, filters, 1, 2), nn.Linear(16 * filters, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.flatten(self.short(x) + self.two(torch.tanh(self.one(x))), 1))
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if float(x.sum()) > 0 else -x
@@ -381,8 +399,10 @@ def test_residual_sums_and_batch_norm() -> None:
     from torchvision.models import resnet18
 
     small = gi.audit(Residual(), (3, 8, 8))
-    assert [layer.kind for layer in small.layers] == ["Conv2d", "Linear"]
-    assert [stop.kind for stop in small.stops] == ["add"] and "branches" in small.stops[0].reason
+    assert [layer.kind for layer in small.layers] == ["Residual", "Linear"] and not small.stops
+    assert small.exact and small.layers[0].rank == 192 and small.layers[0].method == "svd"
+    large = gi.audit(LargeResidual(), (3, 64, 64))
+    assert [stop.kind for stop in large.stops] == ["add"] and "branches" in large.stops[0].reason
     model = resnet18(weights=None)
     found = gi.audit(model, (3, 32, 32))
     kinds = {stop.kind for stop in found.stops}
@@ -391,7 +411,21 @@ def test_residual_sums_and_batch_norm() -> None:
     shortcut = next(a for a in found.layers if a.name == "layer2.0.downsample.0")
     assert not shortcut.recoverable and shortcut.rank == 1024 and "at least" in shortcut.verdict
     evaluated = gi.audit(model.eval(), (3, 32, 32))
-    assert {stop.kind for stop in evaluated.stops} == {"MaxPool2d", "add"}
+    assert {stop.kind for stop in evaluated.stops} == {"MaxPool2d"}
+    blocks = [layer for layer in evaluated.layers if layer.kind == "Residual"]
+    assert len(blocks) == 8 and blocks[0].unknowns == 4096
+
+
+@pytest.mark.parametrize("filters", [1, 2, 4, 8])
+def test_the_audit_of_a_residual_block_agrees_with_its_recovery(filters: int) -> None:
+    torch.manual_seed(filters)
+    model = Narrow(filters).double()
+    found = gi.audit(model, (3, 8, 8))
+    loss = nn.CrossEntropyLoss()
+    update = gi.observe(
+        model, loss, gi.data.photo("cat", 8, dtype=torch.float64), torch.tensor([1])
+    )
+    assert gi.recover(model, update, (3, 8, 8), loss).exact == found.exact == (filters >= 4)
 
 
 def test_batch_norm_in_a_chain() -> None:

@@ -18,7 +18,6 @@ from gradinv_edu.systems import (
     ScaledSystem,
     operator,
     pack,
-    unpack,
     weight_names,
 )
 
@@ -198,13 +197,6 @@ def test_a_subclass_with_its_own_forward_pass_is_not_taken_for_its_parent() -> N
     rows, gradient_rows = LayerSystem(module, k, (1, 5, 5)).matvec(x)
     torch.testing.assert_close(gradient_rows, g)
     torch.testing.assert_close(rows, z - _outputs(module, 0 * x))
-
-
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_unpack_undoes_pack(sizes: list[int]) -> None:
-    weights = {f"w{i}": _normal((n, 2), i) for i, n in enumerate(sizes)}
-    back = unpack(pack(weights), weights)
-    assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
 # --- the matrix and the solution ---------------------------------------------------------------

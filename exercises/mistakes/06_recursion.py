@@ -175,3 +175,54 @@ def float64_equality_for_float32(account):
 def residuals_forgotten(account):
     small = account.mismatch <= 1000 * account.precision
     return small and all(account.full_rank) and account.answers == 1
+
+
+def _largest(layers, classes, shared=True, own=False, strict=False, last=1):
+    limits = {"softmax": classes - last}
+    for layer in layers:
+        missing = layer.unknowns - layer.outputs - (layer.weights if own else 0)
+        spare = (0 if own else layer.weights) - (layer.filters**2 if shared else 0)
+        if missing > 0:
+            limits[layer.name] = max(0, (spare - strict) // missing)
+    name = min(limits, key=limits.get)
+    return limits[name], name
+
+
+@planted("06-batch", says="in both sets")
+def shared_equations_overlooked(layers, classes):
+    return _largest(layers, classes, shared=False)
+
+
+@planted("06-batch", says="its own gradient constraints")
+def gradient_constraints_for_each(layers, classes):
+    return _largest(layers, classes, own=True)
+
+
+@planted("06-batch", says="sums to zero")
+def as_many_as_classes(layers, classes):
+    return _largest(layers, classes, last=0)
+
+
+@planted("06-batch", says="exactly as many equations")
+def more_equations_than_unknowns(layers, classes):
+    return _largest(layers, classes, strict=True)
+
+
+@planted("06-batch", says="let it limit")
+def wide_layers_divided_by_a_negative(layers, classes):
+    limits = {
+        each.name: (each.weights - each.filters**2) // (each.unknowns - each.outputs)
+        for each in layers
+    }
+    limits["softmax"] = classes - 1
+    return min(limits.values()), min(limits, key=limits.get)
+
+
+@planted("06-batch", says="a limit of its own")
+def softmax_forgotten(layers, classes):
+    return _largest(layers, 10**6)
+
+
+@planted("06-batch", says="gives out first")
+def first_layer_blamed(layers, classes):
+    return _largest(layers, classes)[0], layers[0].name

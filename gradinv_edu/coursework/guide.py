@@ -7,12 +7,14 @@ import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from .editions import Exercise, exercises_of, read, source_of, sources
+from . import quiz
+from .editions import Exercise, Notebook, exercises_of, read, source_of, sources
 from .mistakes import classroom, load, verdict_on
 
 KINDS = ("sections", "exercises", "objectives", "mistakes")
 MINUTES = re.compile(r"[Aa]bout (\d+) minutes")
 CODE_WORDS = 40  # reading and running a cell takes about as long as reading so many words
+QUESTION_WORDS = 80  # a question of the quiz likewise, with what its answers say
 STEP = 5  # minutes to which sections are rounded
 OBJECTIVE = re.compile(r"^- (.+)$", re.MULTILINE)
 
@@ -21,8 +23,19 @@ def objectives_of(chapter: Path) -> list[str]:
     """Read what a chapter says its reader will be able to do: the list in its first cell."""
     return [
         line[0].upper() + line[1:].rstrip(".;")
-        for line in OBJECTIVE.findall(source_of(read(chapter)["cells"][0]))
+        for line in OBJECTIVE.findall(_opening(read(chapter)))
     ]
+
+
+def _opening(notebook: Notebook) -> str:
+    """Return the cell that states minutes and objectives: the first, or the first that does."""
+    texts = [source_of(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    return next((text for text in texts if MINUTES.search(text)), texts[0])
+
+
+def chapters(exercises: Path) -> list[Path]:
+    """List the chapters of the book that the folder ``exercises`` belongs to."""
+    return sorted((exercises.parent / "book").glob("[0-9]*.ipynb"))
 
 
 def title_of(chapter: Path) -> str:
@@ -47,10 +60,7 @@ def tables(exercises: Path) -> dict[str, str]:
 def section_table(exercises: Path) -> str:
     """Share the minutes that a chapter states out among its sections, by their length."""
     lines = ["| Chapter | Section | Minutes |", "|---|---|---|"]
-    for path in sources(exercises):
-        chapter = chapter_of(path)
-        if chapter == path:  # the capstone has no chapter
-            continue
+    for chapter in chapters(exercises):
         stated, shares = minutes_of(chapter)
         lines.append(f"| **{title_of(chapter)}** | | **{stated}** |")
         lines += [f"| | {section} | {minutes or 'under 5'} |" for section, minutes in shares]
@@ -60,18 +70,22 @@ def section_table(exercises: Path) -> str:
 def minutes_of(chapter: Path) -> tuple[int, list[tuple[str, int]]]:
     """Return the minutes that a chapter states, and those of each section, in steps of five."""
     cells = read(chapter)["cells"]
-    found = MINUTES.search(source_of(cells[0]))
+    found = MINUTES.search(_opening({"cells": cells}))
     stated = int(found[1]) if found else 60
     lengths: dict[str, int] = {}
     section = "Introduction"
     for cell in cells:
         if cell["cell_type"] == "code":
-            lengths[section] = lengths.get(section, 0) + CODE_WORDS
+            lengths[section] = lengths.get(section, 0) + _words(source_of(cell), chapter.stem)
             continue
         for line in source_of(cell).splitlines():
             section = line.removeprefix("## ") if line.startswith("## ") else section
             lengths[section] = lengths.get(section, 0) + len(line.split())
     return stated, _shared_out(stated, lengths)
+
+
+def _words(code: str, stem: str) -> int:
+    return QUESTION_WORDS * len(quiz.load(stem).questions) if "quiz.load" in code else CODE_WORDS
 
 
 def _shared_out(stated: int, lengths: dict[str, int]) -> list[tuple[str, int]]:
@@ -105,14 +119,35 @@ def exercise_table(exercises: Path) -> str:
 
 
 def objective_table(exercises: Path) -> str:
-    """List every objective of a chapter with the exercises that train it."""
-    lines = ["| Chapter | Objective | Exercises |", "|---|---|---|"]
-    for path in sources(exercises):
-        chapter = chapter_of(path)
-        for number, objective in enumerate(objectives_of(chapter), start=1):
-            trained = trains(exercises_of(read(path)), number)
-            lines.append(f"| {title_of(chapter)} | {objective} | {', '.join(trained)} |")
+    """List every objective with the exercises that train it and the questions that test it."""
+    lines = ["| Chapter | Objective | Exercises | Questions |", "|---|---|---|---|"]
+    for chapter in [*chapters(exercises), *_without_a_chapter(exercises)]:
+        lines.append(f"| **{title_of(chapter)}** | | | |")
+        for objective, trained, tested in coverage(chapter, exercises):
+            cells = (objective, ", ".join(trained), ", ".join(tested))
+            lines.append(f"| | {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines)
+
+
+def coverage(chapter: Path, exercises: Path) -> list[tuple[str, list[str], list[str]]]:
+    """Return each objective of a chapter, its exercises and its questions in the quiz."""
+    source = exercises / "source" / chapter.stem / chapter.name
+    cards = exercises_of(read(source)) if source.exists() else []
+    return [
+        (objective, trains(cards, number), tests(chapter.stem, number))
+        for number, objective in enumerate(objectives_of(chapter), start=1)
+    ]
+
+
+def _without_a_chapter(exercises: Path) -> list[Path]:
+    return [path for path in sources(exercises) if chapter_of(path) == path]
+
+
+def tests(stem: str, objective: int) -> list[str]:
+    """Name the questions of a chapter's quiz that test an objective."""
+    questions = quiz.load(stem).questions if stem in quiz.names() else ()
+    numbered = enumerate(questions, start=1)
+    return [f"Q{number}" for number, question in numbered if objective in question.objectives]
 
 
 def trains(cards: list[Exercise], objective: int) -> list[str]:

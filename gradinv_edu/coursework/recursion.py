@@ -319,3 +319,149 @@ def _recovered(dtype: torch.dtype, outputs: int, seed: int) -> Account:
     loss: nn.Module = nn.BCEWithLogitsLoss() if outputs == 1 else nn.CrossEntropyLoss()
     update = observe(model, loss, x, sure if outputs == 1 else torch.tensor([3]))
     return account(recover(model, update, (16,), loss), torch.finfo(dtype).eps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a count of equations asks of a convolution without a bias.
+
+    Attributes
+    ----------
+    name : str
+        Which layer it is.
+    unknowns, outputs : int
+        Entries of its input and of its output, for one sample.
+    weights : int
+        Entries of its weight.
+    filters : int
+        How many filters they belong to.
+    """
+
+    name: str
+    unknowns: int
+    outputs: int
+    weights: int
+    filters: int
+
+
+def plan(name: str, channels: int, size: int, filters: int, kernel: int) -> Plan:
+    """Make the :class:`Plan` of a convolution with stride 1 and no padding."""
+    side = size - kernel + 1
+    return Plan(
+        name,
+        channels * size**2,
+        filters * side**2,
+        filters * channels * kernel**2,
+        filters,
+    )
+
+
+UNLIMITED = 10**6
+
+
+def fits(layer: Plan, shared: bool = True) -> int:
+    """Count the samples that a layer determines: the rank law, for a batch."""
+    missing = layer.unknowns - layer.outputs
+    spare = layer.weights - (layer.filters**2 if shared else 0)
+    return UNLIMITED if missing <= 0 else max(spare // missing, 0)
+
+
+TWO_THINGS = (
+    "Return two things: how many samples, a whole number, and the name of what limits them."
+)
+EACH = (
+    "You gave every sample its own gradient constraints. The client sends one sum: a layer has "
+    "them once, however many samples share them."
+)
+TWICE = (
+    "You counted equations that are in both sets as if they said something new. How many are there "
+    "for F filters, and does their number grow with the batch?"
+)
+CLASSES = (
+    "The last layer cannot tell that many apart: each k of a softmax sums to zero over the "
+    "classes. How many of them can be independent?"
+)
+STRICT = (
+    "In one of these networks a layer has exactly as many equations as unknowns, which is enough, "
+    "and you stop one sample earlier."
+)
+FREE = (
+    "A layer whose outputs are no fewer than its unknowns determines every sample by itself, and "
+    "you let it limit the batch."
+)
+NO_HEAD = "Every layer has its say here, but not the last one: the softmax has a limit of its own."
+NONE = (
+    "Here not even one sample has equations enough, so that none fits, and you say that {number} "
+    "do."
+)
+LIMITING = (
+    "The number is right, and {name} is not what limits it: which of them gives out first as the "
+    "batch grows?"
+)
+
+
+def _networks(seed: int) -> list[tuple[list[Plan], int]]:
+    """Make networks that each limit the batch in another way, then some drawn at random."""
+    wide, exact = plan("wide", 2, 6, 10, 3), plan("exact", 2, 5, 4, 3)
+    roomy, tight = plan("roomy", 3, 5, 7, 3), plan("tight", 3, 5, 5, 3)
+    networks = [
+        ([wide, exact], 10),
+        ([roomy, wide], 5),
+        ([roomy, tight], 10),
+        ([tight, wide, roomy], 20),
+        ([wide], 100),
+        ([wide, plan("poor", 3, 6, 3, 2)], 10),
+    ]
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        size, first, second, classes = (
+            int(torch.randint(low, high, (), generator=g))
+            for low, high in ((5, 9), (3, 9), (3, 12), (3, 30))
+        )
+        low = plan("conv1", 3, size, first, 3)
+        networks.append(([low, plan("conv2", first, size - 2, second, 2)], classes))
+    return [(layers, classes) for layers, classes in networks if _one_limits(layers, classes)]
+
+
+def _limits(layers: list[Plan], classes: int) -> dict[str, int]:
+    return {"softmax": classes - 1, **{layer.name: fits(layer) for layer in layers}}
+
+
+def _one_limits(layers: list[Plan], classes: int) -> bool:
+    lowest, second = sorted(_limits(layers, classes).values())[:2]
+    return lowest < second
+
+
+def check_largest_batch(largest_batch: Student, seed: int = 6) -> None:
+    """Check 6.6: the largest batch that a convolutional network gives away, and its limit."""
+    for layers, classes in _networks(seed):
+        limits = _limits(layers, classes)
+        true = min(limits.values())
+        answer = ask(largest_batch, list(layers), classes, case=f"for {classes} classes")
+        number, name = pair(answer, "largest_batch(...)")
+        demand(isinstance(number, int | float) and isinstance(name, str), TWO_THINGS)
+        demand(number == true, _why_not(number, layers, classes))
+        demand(limits.get(name) == true, LIMITING.format(name=name))
+    right("Weight constraints grow with the batch; gradient constraints do not. Hence a limit.")
+
+
+def _why_not(number: float, layers: list[Plan], classes: int) -> str:
+    """Say which mistake gives ``number``."""
+    below = [fits(layer) for layer in layers]
+    true = min(classes - 1, *below)
+    overlooked = min(classes - 1, *(fits(layer, shared=False) for layer in layers))
+    if number < 0 or (number == 0 and UNLIMITED in below and 0 not in below):
+        return FREE
+    if number == overlooked != true:
+        return TWICE
+    if true == 0:
+        return NONE.format(number=number)
+    if number == true - 1:
+        return STRICT
+    if number == classes and classes - 1 == true:
+        return CLASSES
+    if true == classes - 1 and number in below:
+        return NO_HEAD
+    if number >= classes - 1:
+        return EACH
+    return f"Of {classes} classes and these layers, {number} samples are not the most."

@@ -1,0 +1,30 @@
+// Names for the theme's own controls, for readers who hear the page instead of seeing it.
+function nameControls() {
+  for (const summary of document.querySelectorAll(".bd-sidebar-primary summary")) {
+    const link = summary.closest("li")?.querySelector(":scope > a");
+    summary.setAttribute("aria-label", `Pages under ${link ? link.textContent.trim() : "this one"}`);
+  }
+  for (const button of document.querySelectorAll("button[title]:not([aria-label])")) {
+    button.setAttribute("aria-label", button.title);
+  }
+  // A list may hold list items only; entries of a bibliography have a role of their own.
+  for (const list of document.querySelectorAll(".citation-list[role=list]")) list.removeAttribute("role");
+  // What scrolls must be reachable from the keyboard.
+  for (const box of document.querySelectorAll(".bd-article :is(pre, div.math, .cell_output .text_html)")) {
+    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+  }
+}
+window.addEventListener("load", () => {
+  nameControls();
+  window.MathJax?.startup?.promise?.then(nameControls);
+});
+window.addEventListener("resize", nameControls);
+// Paper is white: print by day, whatever the screen shows.
+let byScreen;
+window.addEventListener("beforeprint", () => {
+  byScreen = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
+});
+window.addEventListener("afterprint", () => {
+  document.documentElement.dataset.theme = byScreen;
+});
