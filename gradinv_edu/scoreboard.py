@@ -59,7 +59,7 @@ FILE = Path(__file__).parents[1] / "book" / "data" / "scoreboard.json"
 FORMAT = 1
 LOSS = nn.CrossEntropyLoss()
 CLASSES, ROUND, PRICE = 10, 50, "price"
-ROUND = 4  # cells a worker between two times of writing, on Ray
+AT_ONCE = 4  # cells a worker between two times of writing, on Ray
 SUCCESS = 25.0  # dB; a threshold that looking up a digit of the same class seldom passes
 LEARNED = 0.8  # of the training pictures; less, and another rate is tried
 CEILING = 200.0  # dB; beyond, figures are the machine's
@@ -1310,7 +1310,7 @@ def _computed(
             yield from pool(calls)
             return
         # Ray's backend returns whole lists only: rounds of a few cells a worker are kept.
-        size = ROUND * joblib.effective_n_jobs()
+        size = AT_ONCE * joblib.effective_n_jobs()
         for start in range(0, len(calls), size):
             yield from joblib.Parallel(batch_size=1)(calls[start : start + size])
 
