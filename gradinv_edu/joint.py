@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .activations import clamp_to_range, is_elementwise, undo
-from .krylov import Rows
-from .systems import LayerSystem
+from .krylov import Rows, Run, cgls, open_share, ritz_values, squared_norm
+from .systems import ROUNDING, LayerSystem, ScaledSystem
 
 KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 ROUNDS = 60
-LARGEST = 6144  # unknowns up to which the joint system is solved, as a dense matrix
+DENSE = 6144  # unknowns up to which the joint system is written out as a matrix
+LARGEST = 65_536  # unknowns up to which it is solved at all: every round is a long iteration
+STEPS = 4000  # of conjugate gradients that one linearisation of a larger one may take
+FORCING = 1e-6  # of the residual before it, to which the normal equations of a round are solved
 DROPPED = 0.25  # share of the spare equations given up for units too near the kink to tell
 SETTLED = 1e-9  # relative residual of a round that explains everything
 NULL = 1e-9  # singular values below this share of the largest count as zero
@@ -75,6 +79,12 @@ class Floor:
         one = (torch.cat(rows) - self.offset(like)[0].flatten()).T.contiguous()
         blocks: Tensor = torch.kron(torch.eye(self.batch, dtype=one.dtype, device=one.device), one)
         return blocks
+
+    def through(self, x: Tensor) -> Tensor:
+        """``W x + b``."""
+        with torch.no_grad():
+            z: Tensor = self.module(x)
+        return z
 
     def activate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``σ(z)`` and ``σ'(z)``, both flat."""
@@ -148,6 +158,7 @@ def solve(
     *,
     tolerance: float = SETTLED,
     progress: Progress | None = None,
+    generator: torch.Generator | None = None,
 ) -> JointSolution:
     r""":math:`\sigma(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\min} + N c` above.
 
@@ -157,7 +168,9 @@ def solve(
     space; the activations are linearised at the present answer and everything is solved again.
     With kinked activations (ReLU, leaky ReLU) each round decides anew which side of the kink a
     unit is on, and the units nearest to it are left out: **a row that may be wrong is masked,
-    not guessed**. Implements :eq:`joint-system`.
+    not guessed**. Up to 6144 unknowns the matrix is written out; beyond, the rounds are solved
+    by conjugate gradients, with the deficient layer's whole input as unknown in place of ``c``.
+    Implements :eq:`joint-system`.
 
     Parameters
     ----------
@@ -174,6 +187,8 @@ def solve(
         further.
     progress : callable, optional
         Called with the round and its relative residual.
+    generator : torch.Generator, optional
+        Of the random starts; a fixed one by default.
 
     Returns
     -------
@@ -185,23 +200,33 @@ def solve(
     Virtual constraints: Zhu and Blaschko (2021). Solving them together, and the masking of
     near-kink rows, are this project's.
     """
-    least, null = _split_top(top, right_hand_side.flat(), missing)
-    problem = _Problem(list(floors), least, null, tuple(top.input_shape))
+    problem: _Problem
+    if max(sum(f.unknowns for f in floors) + missing, top.unknowns) <= DENSE:
+        problem = _Dense(floors, top, right_hand_side, missing)
+    else:
+        problem = _MatrixFree(floors, top, right_hand_side, missing, generator)
     rounds, converged = problem.settle(tolerance, progress)
-    A, b = problem.linearised(masked=False)
-    smallest, largest = _extreme_singular_values(A)
+    account = problem.account()
     return JointSolution(
         inputs=tuple(problem.inputs()),
         outputs=tuple(problem.z),
-        unknowns=A.shape[1],
-        equations=A.shape[0],
-        residual=float((A @ problem.v - b).norm() / b.norm()),
-        smallest_singular_value=smallest,
-        largest_singular_value=largest,
-        full_rank=smallest > NULL * largest,
+        unknowns=problem.unknowns,
+        equations=problem.equations,
+        residual=account.residual,
+        smallest_singular_value=account.smallest,
+        largest_singular_value=account.largest,
+        full_rank=account.full_rank,
         rounds=rounds,
         converged=converged,
     )
+
+
+@dataclass(frozen=True)
+class _Account:
+    residual: float
+    smallest: float
+    largest: float
+    full_rank: bool
 
 
 def _split_top(top: LayerSystem, b: Tensor, missing: int) -> tuple[Tensor, Tensor]:
@@ -237,39 +262,130 @@ def _null_space(A: Tensor, factor: Tensor, shift: float, largest: float, missing
 
 
 class _Problem:
-    """The linearised equations of all floors, in the unknowns ``(x_1, …, x_m, c)`` end to end."""
+    """The equations of all floors, linearised at ``z`` and solved until they hold."""
 
-    def __init__(
-        self, floors: list[Floor], least: Tensor, null: Tensor, top_shape: tuple[int, ...]
-    ) -> None:
-        self.floors, self.least, self.null, self.top_shape = floors, least, null, top_shape
-        self.matrices = [f.matrix(least) for f in floors]
-        self.offsets = [f.offset(least) for f in floors]
-        self.sizes = [f.unknowns for f in floors] + [null.shape[1]]
-        self.v = least.new_zeros(sum(self.sizes))
-        self.spare = sum(len(W) for W in self.matrices) - len(self.v)
+    unknowns: int
+    equations: int
+    spare: int
+
+    def __init__(self, floors: Sequence[Floor], top: LayerSystem) -> None:
+        self.floors, self.top_shape = list(floors), tuple(top.input_shape)
         self.kinked = any(f.kinked for f in floors)
-        self.z = self._first_outputs()
-
-    def _first_outputs(self) -> list[Tensor]:
-        """Outputs of the floors under the least-norm answer, each undone from the one above."""
-        above = self.least.reshape(-1, *self.top_shape)
-        outputs: list[Tensor] = []
-        for floor, W, offset in zip(
-            reversed(self.floors), reversed(self.matrices), reversed(self.offsets), strict=True
-        ):
-            z = floor.undo(above)
-            outputs.insert(0, z)
-            if floor is not self.floors[0]:
-                x = torch.linalg.lstsq(W, (z - offset).reshape(-1, 1)).solution
-                above = x.reshape(-1, *floor.input_shape)
-        return outputs
+        self.z: list[Tensor] = []
+        self.share = DROPPED
 
     def inputs(self) -> list[Tensor]:
         """Input of every floor, then of the deficient layer."""
+        raise NotImplementedError
+
+    def solve(self, gap: float) -> bool:
+        """Solve the equations linearised at ``z``; whether they determined their unknowns."""
+        raise NotImplementedError
+
+    def account(self) -> _Account:
+        """Residual, rank and singular values at the answer, nothing left out."""
+        raise NotImplementedError
+
+    def least_squares(self, level: int, rows: Tensor) -> Tensor:
+        """Least-squares input of one floor."""
+        raise NotImplementedError
+
+    def first_outputs(self, above: Tensor) -> list[Tensor]:
+        """Outputs of the floors under the least-norm answer, each undone from the one above."""
+        outputs: list[Tensor] = []
+        for level in reversed(range(len(self.floors))):
+            floor = self.floors[level]
+            z = floor.undo(above)
+            outputs.insert(0, z)
+            if level:
+                x = self.least_squares(level, z - floor.offset(z))
+                above = x.reshape(-1, *floor.input_shape)
+        return outputs
+
+    @property
+    def dropped(self) -> int:
+        return int(self.share * max(self.spare, 0) / len(self.floors))
+
+    def kept(self, level: int) -> Tensor:
+        """1 for the rows of a floor that are used, 0 for those nearest to the kink."""
+        mask = torch.ones_like(self.z[level]).flatten()
+        if self.floors[level].kinked:
+            mask[self.z[level].abs().flatten().topk(self.dropped, largest=False).indices] = 0.0
+        return mask
+
+    def settle(self, tolerance: float, progress: Progress | None) -> tuple[int, bool]:
+        """Linearise and solve until every equation holds, or it stops getting anywhere."""
+        best, stalls, residual = math.inf, 0, 1.0
+        for turn in range(1, ROUNDS + 1):
+            if not self.solve(residual):  # what is left of the rows is too little
+                return turn, False
+            residual, changed = self._move()
+            if progress is not None:
+                progress(turn, residual)
+            if residual < SETTLED:
+                return turn, True
+            if changed * len(self.floors) < self.dropped:  # most sides are known by now
+                self.share /= 2
+            measure = float(changed) if self.kinked else residual
+            stalls = 0 if measure < best else stalls + 1
+            best = min(best, measure)
+            if stalls > 10 or not math.isfinite(residual):
+                break
+        return turn, residual <= tolerance
+
+    def _move(self) -> tuple[float, int]:
+        """Take the outputs from the new answer; its true residual, and units that changed sides."""
+        inputs = self.inputs()
+        gap, size, changed = 0.0, 0.0, 0
+        outputs = []
+        for level, floor in enumerate(self.floors):
+            through = floor.through(inputs[level])
+            a, _ = floor.activate(through)
+            gap += float((a - inputs[level + 1].flatten()).square().sum())
+            size += float(inputs[level + 1].square().sum())
+            z = floor.undo(inputs[level + 1]) if floor.kinked else through
+            changed += int(((z > 0) != (self.z[level] > 0)).sum())
+            outputs.append(z)
+        self.z = outputs
+        return math.sqrt(gap / max(size, 1e-300)), changed
+
+
+class _Dense(_Problem):
+    """Written out, in the unknowns ``(x_1, …, x_m, c)`` end to end."""
+
+    def __init__(
+        self, floors: Sequence[Floor], top: LayerSystem, right_hand_side: Rows, missing: int
+    ) -> None:
+        super().__init__(floors, top)
+        self.least, self.null = _split_top(top, right_hand_side.flat(), missing)
+        self.matrices = [f.matrix(self.least) for f in self.floors]
+        self.offsets = [f.offset(self.least) for f in self.floors]
+        self.sizes = [f.unknowns for f in self.floors] + [self.null.shape[1]]
+        self.unknowns, self.equations = sum(self.sizes), sum(len(W) for W in self.matrices)
+        self.spare = self.equations - self.unknowns
+        self.v = self.least.new_zeros(self.unknowns)
+        self.z = self.first_outputs(self.least.reshape(-1, *self.top_shape))
+
+    def least_squares(self, level: int, rows: Tensor) -> Tensor:
+        answer: Tensor = torch.linalg.lstsq(self.matrices[level], rows.reshape(-1, 1)).solution
+        return answer
+
+    def inputs(self) -> list[Tensor]:
         *parts, c = torch.split(self.v, self.sizes)
         shaped = [p.reshape(-1, *f.input_shape) for p, f in zip(parts, self.floors, strict=True)]
         return [*shaped, (self.least + self.null @ c).reshape(-1, *self.top_shape)]
+
+    def solve(self, gap: float) -> bool:
+        answer = _least_squares(*self.linearised(masked=True))
+        if answer is not None:
+            self.v = answer
+        return answer is not None
+
+    def account(self) -> _Account:
+        A, b = self.linearised(masked=False)
+        smallest, largest = _extreme_singular_values(A)
+        residual = float((A @ self.v - b).norm() / b.norm())
+        return _Account(residual, smallest, largest, smallest > NULL * largest)
 
     def linearised(self, masked: bool) -> tuple[Tensor, Tensor]:
         r"""Rows :math:`\sigma'(z)(W x_l + b - z) + \sigma(z) - x_{l+1} = 0` at present ``z``."""
@@ -287,54 +403,149 @@ class _Problem:
             else:
                 row[:, left:] = -self.null
                 right = right + self.least
-            if masked and floor.kinked:
-                nearest = z.abs().flatten().topk(self.dropped, largest=False).indices
-                row[nearest], right[nearest] = 0.0, 0.0
+            if masked:
+                kept = self.kept(level)
+                row, right = kept[:, None] * row, kept * right
             rows.append(row)
             rhs.append(right)
         return torch.cat(rows), torch.cat(rhs)
 
-    @property
-    def dropped(self) -> int:
-        return int(DROPPED * max(self.spare, 0) / len(self.floors))
 
-    def settle(self, tolerance: float, progress: Progress | None) -> tuple[int, bool]:
-        """Linearise and solve until every equation holds, or it stops getting anywhere."""
-        best, stalls, residual = math.inf, 0, math.inf
-        for turn in range(1, ROUNDS + 1):
-            step = _least_squares(*self.linearised(masked=True))
-            if step is None:  # what is left of the rows no longer determines the unknowns
-                return turn, False
-            self.v = step
-            residual, changed = self._move()
-            if progress is not None:
-                progress(turn, residual)
-            if residual < SETTLED:
-                return turn, True
-            measure = float(changed) if self.kinked else residual
-            stalls = 0 if measure < best else stalls + 1
-            best = min(best, measure)
-            if stalls > 10 or not math.isfinite(residual):
-                break
-        return turn, residual <= tolerance
+@dataclass
+class _Link:
+    """One floor as it enters the linearised map: its adjoint comes from a graph built once."""
 
-    def _move(self) -> tuple[float, int]:
-        """Take the outputs from the new answer; its true residual, and units that changed sides."""
-        inputs = self.inputs()
-        gap, size, changed = 0.0, 0.0, 0
-        outputs = []
+    floor: Floor
+    slope: Tensor  # of the activation, times the mask
+    kept: Tensor
+
+    def __post_init__(self) -> None:
+        dtype, floor = self.slope.dtype, self.floor
+        self.module = copy.deepcopy(floor.module).to(dtype).requires_grad_(False)
+        shape = (floor.batch, *floor.input_shape)
+        with torch.enable_grad():
+            self.leaf = self.slope.new_zeros(shape).requires_grad_()
+            self.out = self.module(self.leaf)
+        self.offset = self.out.detach()
+
+    def to(self, dtype: torch.dtype) -> _Link:
+        return _Link(self.floor, self.slope.to(dtype), self.kept.to(dtype))
+
+    def rows(self, x: Tensor, above: Tensor) -> Tensor:
+        with torch.no_grad():
+            z: Tensor = self.module(x.reshape(self.leaf.shape)) - self.offset
+        return self.slope * z.flatten() - self.kept * above
+
+    def pull(self, r: Tensor) -> Tensor:
+        k = (self.slope * r).reshape(self.out.shape)
+        (x,) = torch.autograd.grad(self.out, self.leaf, k, retain_graph=True)
+        return x.flatten()
+
+
+@dataclass
+class _Stack:
+    """All floors and the deficient layer, as one map of ``(x_1, …, x_m, x_top)`` end to end."""
+
+    links: list[_Link]
+    top: ScaledSystem
+    top_shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        self.sizes = [link.leaf.numel() for link in self.links]
+        self.sizes.append(len(self.links[0].leaf) * math.prod(self.top_shape))
+        self.heights = [link.out.numel() for link in self.links]
+
+    def forward(self, v: Tensor) -> Rows:
+        parts = torch.split(v, self.sizes)
+        rows = [link.rows(*parts[i : i + 2]) for i, link in enumerate(self.links)]
+        top = self.top.forward(parts[-1].reshape(-1, *self.top_shape)).flat()
+        return Rows(torch.cat(rows), top)
+
+    def adjoint(self, r: Rows) -> Tensor:
+        parts = torch.split(r.z, self.heights)
+        pulled = [link.pull(part) for link, part in zip(self.links, parts, strict=True)]
+        pulled.append(self.top.adjoint(self._top_rows(r.g)).flatten())
+        for i, (link, part) in enumerate(zip(self.links, parts, strict=True)):
+            pulled[i + 1] = pulled[i + 1] - link.kept * part
+        return torch.cat(pulled)
+
+    def _top_rows(self, flat: Tensor) -> Rows:
+        system = self.top.system
+        z, g = torch.split(flat, [system.k.numel(), system.gradient_shape.numel()])
+        return Rows(z.reshape(system.k.shape), g.reshape(system.gradient_shape))
+
+
+class _MatrixFree(_Problem):
+    """Nothing written out; the deficient layer's whole input is unknown, its equations are rows."""
+
+    def __init__(
+        self,
+        floors: Sequence[Floor],
+        top: LayerSystem,
+        right_hand_side: Rows,
+        missing: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(floors, top)
+        self.top, self.b, self.generator = top, right_hand_side, generator
+        self.unknowns = sum(f.unknowns for f in floors) + top.unknowns
+        self.spare = spare_equations(floors, missing)
+        self.equations = self.unknowns + self.spare
+        self.systems = [ScaledSystem(top, d) for d in (torch.float64, torch.float32)]
+        least = self._least(top, right_hand_side)
+        self.z = self.first_outputs(least)
+        self.v = torch.cat([*(least.new_zeros(f.unknowns) for f in floors), least.flatten()])
+        self.run: Run | None = None
+
+    def _least(self, top: LayerSystem, b: Rows) -> Tensor:
+        exact, fast = self.systems
+        target = ROUNDING * math.sqrt(squared_norm(exact.adjoint(b)))
+        return cgls(exact, b, target, STEPS, fast=fast).x
+
+    def least_squares(self, level: int, rows: Tensor) -> Tensor:
+        floor = self.floors[level]
+        system = LayerSystem(floor.module, rows, floor.input_shape, constraints="weight")
+        return system.solve(rows + floor.offset(rows), None, generator=self.generator).inputs
+
+    def inputs(self) -> list[Tensor]:
+        *parts, top = torch.split(self.v, [f.unknowns for f in self.floors] + [self.top.unknowns])
+        shaped = [p.reshape(-1, *f.input_shape) for p, f in zip(parts, self.floors, strict=True)]
+        return [*shaped, top.reshape(-1, *self.top_shape)]
+
+    def _linearised(self, masked: bool) -> tuple[_Stack, _Stack, Rows]:
+        links, rhs = [], []
         for level, floor in enumerate(self.floors):
-            through = self.offsets[level] + (
-                self.matrices[level] @ inputs[level].flatten()
-            ).reshape(self.z[level].shape)
-            a, _ = floor.activate(through)
-            gap += float((a - inputs[level + 1].flatten()).square().sum())
-            size += float(inputs[level + 1].square().sum())
-            z = floor.undo(inputs[level + 1]) if floor.kinked else through
-            changed += int(((z > 0) != (self.z[level] > 0)).sum())
-            outputs.append(z)
-        self.z = outputs
-        return math.sqrt(gap / max(size, 1e-300)), changed
+            z = self.z[level]
+            a, slope = floor.activate(z)
+            kept = self.kept(level) if masked else torch.ones_like(a)
+            links.append(_Link(floor, kept * slope, kept))
+            rhs.append(kept * (slope * (z - links[-1].offset).flatten() - a))
+        exact = _Stack(links, self.systems[0], self.top_shape)
+        single = [link.to(torch.float32) for link in links]
+        fast = _Stack(single, self.systems[1], self.top_shape, torch.float32)
+        return exact, fast, Rows(torch.cat(rhs), self.b.flat())
+
+    def solve(self, gap: float) -> bool:
+        exact, fast, b = self._linearised(masked=True)
+        size = math.sqrt(squared_norm(exact.adjoint(b)))
+        target = max(ROUNDING, FORCING * min(gap, 1.0)) * size
+        self.run = cgls(exact, b, target, STEPS, fast=fast, start=self.v)
+        self.v = self.run.x
+        return True
+
+    def account(self) -> _Account:
+        exact, fast, b = self._linearised(masked=False)
+        generator = self.generator or torch.Generator(self.v.device).manual_seed(20180502)
+        dye = torch.randn(
+            len(self.v), generator=generator, dtype=torch.float64, device=generator.device
+        )
+        left, washed = open_share(exact, dye.to(self.v.device), 5 * STEPS, fast=fast)
+        smallest, largest = ritz_values(washed.alphas, washed.betas)
+        rest = exact.forward(self.v)
+        rest.minus(b)
+        residual = math.sqrt(rest.squared_norm() / b.squared_norm())
+        return _Account(residual, smallest, largest, left == 0.0)
 
 
 def _least_squares(A: Tensor, b: Tensor) -> Tensor | None:

@@ -1084,7 +1084,7 @@ def _borrowed(
 ) -> tuple[tuple[str, ...], bool]:
     """Floors with which the deficient system is determined, and whether the rounds find it."""
     determined: tuple[str, ...] = ()
-    if system.unknowns > joint.LARGEST or not _writable(system):
+    if system.unknowns > joint.DENSE or not _writable(system):
         return determined, False
     z, gradient = system.matvec(passed.values[first])  # what the server would hold
     rows = system.right_hand_side(z + system.offset, gradient if gradient.numel() else None)
@@ -1093,7 +1093,7 @@ def _borrowed(
     while (lower := _floor_below(steps, position)) is not None:
         floor, position = lower
         floors.insert(0, floor)
-        if sum(f.unknowns for f in floors) + found.deficiency > joint.LARGEST:
+        if sum(f.unknowns for f in floors) + found.deficiency > joint.DENSE:
             break
         if joint.spare_equations(floors, found.deficiency) < 0:
             continue

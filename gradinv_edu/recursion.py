@@ -695,14 +695,19 @@ def _solve_together(
     while (found := _next_floor(walk.steps, below, len(state.k))) is not None:
         floor, below = found
         floors.insert(0, floor)
-        unknowns = sum(f.unknowns for f in floors) + missing
-        if max(unknowns, system.unknowns) > joint.LARGEST:
+        if sum(f.unknowns for f in floors) + system.unknowns > joint.LARGEST:
             return None
         if joint.spare_equations(floors, missing) < 0:
             continue
         with _bar(walk, block) as bar:
             solved = joint.solve(
-                floors, system, rows, missing, tolerance=walk.consistent, progress=bar
+                floors,
+                system,
+                rows,
+                missing,
+                tolerance=walk.consistent,
+                progress=bar,
+                generator=walk.generator,
             )
         if solved.converged and solved.full_rank:
             return _joint_state(walk, floors, block, solved, lone), below

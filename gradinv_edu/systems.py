@@ -502,7 +502,7 @@ class ScaledSystem:
     """
 
     def __init__(self, system: LayerSystem, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype = dtype
+        self.dtype, self.system = dtype, system
         self.operator = _scaled(system).to(dtype)
         self.row_mask = None if system.row_mask is None else system.row_mask.to(dtype)
         mask = system.gradient_mask

@@ -8,6 +8,8 @@ from torch import nn
 
 import gradinv_edu as gi
 from gradinv_edu import joint
+from gradinv_edu.krylov import Rows
+from gradinv_edu.systems import LayerSystem, ScaledSystem
 
 CE = nn.CrossEntropyLoss()
 
@@ -64,3 +66,56 @@ def test_floor_undoes_what_it_activates() -> None:
     a, slope = floor.activate(z)
     assert torch.allclose(floor.undo(a.unsqueeze(0)), z, atol=1e-12)
     assert torch.allclose(slope, 0.2 + 0.8 * (z > 0).double().flatten(), atol=1e-15)
+
+
+# --- without a matrix --------------------------------------------------------------------------
+
+
+def roomy_net(activation: nn.Module) -> nn.Module:
+    """The floor has a third more equations than unknowns; layer 2 has too few."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 4, 2, 2, bias=False), activation,
+            nn.Conv2d(16, 9, 3, 2, 1, bias=False), activation,
+            nn.Flatten(), nn.Linear(9 * 25, 10, bias=False),
+        ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.2), nn.Tanh()])
+def test_matrix_free_and_dense_agree(
+    activation: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = roomy_net(activation)
+    x = gi.data.photo("astronaut", 16, dtype=torch.float64)
+    update = gi.observe(model, CE, x, torch.tensor([3]))
+    written = gi.recover(model, update, (3, 16, 16), CE)
+    monkeypatch.setattr(joint, "DENSE", 0)
+    free = gi.recover(model, update, (3, 16, 16), CE)
+    for found in (written, free):
+        assert found.layers[-1].name == "0+2"
+        assert found.exact and gi.metrics.psnr(found.inputs, x) > 150
+
+
+def test_matrix_free_is_as_honest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "DENSE", 0)
+    monkeypatch.setattr(joint, "STEPS", 500)
+    model = deficient_net(7, nn.Tanh())
+    x = gi.data.photo("cat", 16, dtype=torch.float64)
+    update = gi.observe(model, CE, x, torch.tensor([3]))
+    assert not gi.recover(model, update, (3, 16, 16), CE).exact
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_stack_and_its_adjoint(dtype: torch.dtype, error: float) -> None:
+    model = deficient_net(5, nn.Tanh())
+    floor = joint.Floor("0", model[0], (3, 16, 16), [model[1]])
+    k = torch.randn(1, 5, 5, 5).double()
+    top = LayerSystem(model[2], k, (12, 9, 9))
+    slope, kept = torch.rand(12 * 81).double(), torch.rand(12 * 81).round().double()
+    link = joint._Link(floor, slope, kept).to(dtype)
+    stack = joint._Stack([link], ScaledSystem(top, dtype), (12, 9, 9), dtype)
+    v = torch.randn(768 + 972).to(dtype)
+    rows = stack.forward(v)
+    r = Rows(torch.randn_like(rows.z), torch.randn_like(rows.g))
+    assert float(rows.flat() @ r.flat()) == pytest.approx(float(v @ stack.adjoint(r)), rel=error)
