@@ -2,6 +2,7 @@
 # make test   the environment, then everything that CI runs
 # make lab    the chapters in JupyterLab, to work in
 # make slides a deck of slides for each chapter, for a lecture
+# make bench  the measurements that book/benchmarks.ipynb draws
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,6 +13,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 BOOK := _build/html/index.html
 CHAPTERS := $(wildcard book/[0-9]*.ipynb)
+# What is executed and compared: the chapters, and the page that draws the measurements.
+PAGES := $(CHAPTERS) $(if $(filter file,$(origin CHAPTERS)),book/benchmarks.ipynb)
 FOLDERS := gradinv_edu tests book $(wildcard exercises benchmarks)
 # Tests compare figures: one thread each, so that sums are taken in one order everywhere.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
@@ -31,7 +34,7 @@ lab: $(READY)
 
 # Runs every chapter again and stores its outputs: make execute, or CHAPTERS=book/01_perceptron.ipynb
 execute: $(READY)
-	$(ONE_THREAD) $(BIN)/python book/execute.py $(CHAPTERS)
+	$(ONE_THREAD) $(BIN)/python book/execute.py $(PAGES)
 
 # A deck a chapter, in _build/slides; CHAPTERS=… for one.
 slides: $(READY)
@@ -41,8 +44,10 @@ format: $(READY)
 	$(BIN)/ruff format $(FOLDERS)
 	$(BIN)/ruff check --fix $(FOLDERS)
 
+# Measures what is not stored yet; BENCH="scaling --again" measures a section anew.
+BENCH ?=
 bench: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m benchmarks
+	$(ONE_THREAD) $(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
@@ -59,7 +64,7 @@ html: $(READY)
 
 # Every cell runs again, and what it prints must be what the page shows.
 chapters: $(READY)
-	$(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg --timeout 600 $(CHAPTERS)
+	$(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg --timeout 600 $(PAGES)
 
 unit: $(READY)
 	$(PYTEST) tests

@@ -1,6 +1,6 @@
 """Accuracy of a network against what its gradient gives away: what chapter 9 draws from.
 
-Usage: python -m benchmarks.design          (every cell that the data file lacks; resumable)
+Usage: python -m benchmarks design          (every cell that the data file lacks; resumable)
 
 Each cell is an architecture and a seed: trained on 1500 of scikit-learn's digits and judged on the
 other 297, then attacked on 3 of those, at its first weights and at its last. The file is written
@@ -108,6 +108,7 @@ def baselines() -> dict[str, float]:
 
 
 def main() -> None:
+    """Fill in the cells that are missing."""
     done: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"cells": {}}
     versions = {"torch": torch.__version__.split("+")[0], "python": platform.python_version()}
     done |= {"versions": versions, "seeds": SEEDS, "victims": VICTIMS, "steps": STEPS}
@@ -120,6 +121,12 @@ def main() -> None:
                 FILE.write_text(json.dumps(done, indent=1) + "\n")
                 found = done["cells"][key]
                 print(key, found["parameters"], found["accuracy"], found["last"][0], flush=True)
+
+
+def measure(_: object) -> int:
+    """As a section of ``python -m benchmarks``."""
+    main()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Attack success against the number of local iterations: what chapter 10 draws from.
 
-Usage: python -m benchmarks.schedule          (every cell that the data file lacks; resumable)
+Usage: python -m benchmarks schedule          (every cell that the data file lacks; resumable)
 
 Each cell is an attacker, a learning rate, a number of local steps, on 20 digits and 1 or 3 seeds; a
 seed draws the network and the start. The file is written after each cell. Attack and network are
@@ -92,17 +92,23 @@ def load() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Fill in the cells that are missing, at most as many as the first argument says."""
+def main(most: int | None = None) -> None:
+    """Fill in the cells that are missing, at most so many."""
     data = load()
     names = ("attacker", "learning_rate", "local_steps", "seeds")
     done = {tuple(c[name] for name in names) for c in data["cells"]}
-    for key in [c for c in CELLS if c not in done][: int(sys.argv[1]) if sys.argv[1:] else None]:
+    for key in [c for c in CELLS if c not in done][:most]:
         data["cells"].append(cell(*key))
         FILE.parent.mkdir(exist_ok=True)
         FILE.write_text(json.dumps(data, indent=1) + "\n")
         print(key, gi.metrics.success_rate(p > 20 for p in data["cells"][-1]["psnr"]), flush=True)
 
 
-if __name__ == "__main__":
+def measure(_: object) -> int:
+    """As a section of ``python -m benchmarks``."""
     main()
+    return 0
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if sys.argv[1:] else None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import models
+from . import exported, models
 from .errors import (
     GradientInversionError,
     InvalidArgumentError,
@@ -36,10 +36,13 @@ LOSSES = {
 }
 NETS = ("cnn6", "cnn6_d", "lenet", "photo_cnn", "resnet", "wide_cnn")
 
+MODEL = "module:factory, a name in torchvision, gradinv:NAME, or a file of torch.export (.pt2)"
+
 EPILOGUE = """examples:
   gradinv demo                                           a photograph leaks, in the terminal
   gradinv audit resnet18 --input 3,224,224               a network of torchvision
   gradinv audit mypackage.nets:make --input 1,28,28      your own, made by make()
+  gradinv audit saved.pt2 --input 1,28,28                one that torch.export.save wrote
   gradinv audit gradinv:lenet --input 3,32,32 --json     one of the course, for machines
   gradinv audit mypackage.nets:make --input 1,28,28 --limit 0.5   exit code 1 above one half
   gradinv recover --model mypackage.nets:make --weights sent.safetensors \\
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = _command(commands, "audit", _audit, "which layers give their input away; no data")
-    command.add_argument("model", help="module:factory, a name in torchvision, or gradinv:NAME")
+    command.add_argument("model", help=MODEL)
     _common(command)
     command.add_argument("--eval", action="store_true", help="in eval mode (batch norm, dropout)")
     command.add_argument("--jacobian", action="store_true", help="rank of the whole network too")
@@ -93,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help="exit with 1 if more than this share of the input leaks",
     )
     command = _command(commands, "recover", _recover, "the input out of an update file")
-    command.add_argument("--model", required=True, help="as for audit")
+    command.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
     command.add_argument("--weights", type=Path, help="safetensors file of the weights sent")
     command.add_argument("--update", type=Path, required=True, help="file that Update.save wrote")
     _common(command)
@@ -164,14 +167,15 @@ def load_model(name: str, input_shape: tuple[int, ...] = ()) -> nn.Module:
     ----------
     name : str
         ``module:factory`` (a function of nothing, or a module object), the name of a model in
-        torchvision, or ``gradinv:NAME`` for a network of :mod:`gradinv_edu.models`.
+        torchvision, ``gradinv:NAME`` for a network of :mod:`gradinv_edu.models`, or a file that
+        ``torch.export.save`` wrote (:func:`gradinv_edu.exported.load`).
     input_shape : tuple of int
         Given to the networks of :mod:`gradinv_edu.models`.
 
     Returns
     -------
     nn.Module
-        In train mode, as a client trains it.
+        In train mode, as a client trains it; a saved program in the mode of its export.
 
     Raises
     ------
@@ -179,16 +183,20 @@ def load_model(name: str, input_shape: tuple[int, ...] = ()) -> nn.Module:
         If there is no such module, factory or model.
     InvalidArgumentError
         If what the name stands for makes no ``nn.Module``.
+    ModelFileError, UnsupportedLayerError
+        If a file holds no program, or one that is not made of layers.
     """
+    if name.endswith(".pt2") or Path(name).is_file():
+        return exported.load(name)
     home, _, factory = name.partition(":")
     if home == "gradinv":
         if factory not in NETS:
             raise UnknownNameError(f"No network {factory!r} in the course; {', '.join(NETS)}.")
         try:
-            return getattr(models, factory)(input_shape or (3, 32, 32))  # type: ignore[no-any-return]
+            return getattr(models, factory)(input_shape or (3, 32, 32)).train()  # type: ignore[no-any-return]
         except ValueError as error:
             raise InvalidArgumentError(str(error)) from None
-    return _imported(home, factory) if factory else _torchvision(name)
+    return (_imported(home, factory) if factory else _torchvision(name)).train()
 
 
 def _imported(home: str, factory: str) -> nn.Module:
@@ -223,8 +231,8 @@ def _torchvision(name: str) -> nn.Module:
 
     if name not in list_models():
         raise UnknownNameError(
-            f"torchvision has no model {name!r}; for your own give module:factory, for one of the "
-            f"course gradinv:NAME ({', '.join(NETS)})."
+            f"torchvision has no model {name!r}, and it is no file; for your own give "
+            f"module:factory, for one of the course gradinv:NAME ({', '.join(NETS)})."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -273,9 +281,9 @@ def leak(found: Audit) -> float:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    model = load_model(options.model, options.input).train(not options.eval)
+    model = load_model(options.model, options.input)
     found = audit(
-        model,
+        model.eval() if options.eval else model,
         options.input,
         jacobian=options.jacobian or None,
         progress=not options.json and sys.stderr.isatty(),
@@ -312,9 +320,8 @@ def _show_audit(found: Audit, share: float) -> None:
 
 def _recover(options: argparse.Namespace) -> int:
     model = _with_weights(load_model(options.model, options.input), options.weights)
-    model = model.train(not options.eval)
     found = recover(
-        model,
+        model.eval() if options.eval else model,
         Update.load(options.update),
         options.input,
         LOSSES[options.loss](),

@@ -35,6 +35,10 @@ class UpdateFileError(GradientInversionError, OSError):
     """An update file is missing, truncated, or holds something else."""
 
 
+class ModelFileError(GradientInversionError, OSError):
+    """A model file is missing, damaged, or holds no program of ``torch.export``."""
+
+
 class UnknownNameError(GradientInversionError, LookupError):
     """No picture, model or method goes by this name; the message lists those that do."""
 

@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -57,6 +58,12 @@ LEFT_BEHIND = (
     "PYTHONBREAKPOINT",
     "RAY_CLIENT_MODE",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV",
+)
+PORTS = (
+    "metrics_agent_port",
+    "metrics_export_port",
+    "runtime_env_agent_port",
+    "dashboard_agent_listen_port",
 )
 POLICIES = ("warn", "noise", "withhold")
 STATE = "gradinv_edu.audit"  # the audit's place in a client's context
@@ -792,7 +799,8 @@ def _start_ray(settings: dict[str, Any], attempts: int = 3) -> None:
     paths = os.pathsep.join(sys.path)
     for _ in range(0 if ray.is_initialized() else attempts):
         try:
-            ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, **settings)
+            with _ports_told():
+                ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, **settings)
             return
         except Exception as error:  # Ray raises no narrower type
             failure = error
@@ -802,6 +810,34 @@ def _start_ray(settings: dict[str, Any], attempts: int = 3) -> None:
             f"Ray did not start in {attempts} attempts ({str(failure).splitlines()[0]}): try again "
             "when the machine is less busy, or run with processes=0."
         ) from failure
+
+
+@contextmanager
+def _ports_told() -> Iterator[None]:
+    """Choose the ports of Ray's helpers: it gives up if they take 15 s to choose their own."""
+    from ray._private.parameter import RayParams
+
+    before = RayParams.__init__
+
+    def told(self: Any, *args: Any, **settings: Any) -> None:
+        before(self, *args, **settings)
+        for name, port in zip(PORTS, _free_ports(len(PORTS)), strict=True):
+            setattr(self, name, port)
+
+    RayParams.__init__ = told  # type: ignore[method-assign]
+    try:
+        with _environment({"RAY_agent_register_timeout_ms": "180000"}):
+            yield
+    finally:
+        RayParams.__init__ = before  # type: ignore[method-assign]
+
+
+def _free_ports(many: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(many)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 class RayStartError(GradientInversionError, RuntimeError):

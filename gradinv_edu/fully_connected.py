@@ -20,6 +20,9 @@ from .errors import (
     UnsupportedLossError,
 )
 
+POWER_STEPS = 30
+SETTLED = 2e-15  # change of a singular vector of length one: rounding alone
+
 
 @dataclass(frozen=True)
 class RankOne:
@@ -78,10 +81,26 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
     G = checks.not_all_zero(
         checks.shaped(weight_gradient, "weight_gradient", (None, None)), "weight_gradient"
     )
+    u, value, v = _leading_triple(G)
+    rest = float((G - value * torch.outer(u, v)).norm() / G.norm())
+    return RankOne(u, value, v, rest)
+
+
+def _leading_triple(G: Tensor) -> tuple[Tensor, float, Tensor]:
+    """Power iteration settles at once where the rank is nearly one; elsewhere the SVD decides."""
+    size = float(G.abs().max())
+    scaled = G / size  # squares of tiny entries would vanish
+    v = scaled[int(scaled.norm(dim=1).argmax())]
+    v = v / v.norm()
+    for _ in range(POWER_STEPS):
+        u, before = scaled @ v, v
+        u = u / u.norm()
+        v = u @ scaled
+        value, v = size * float(v.norm()), v / v.norm()
+        if float((v - before).norm()) < SETTLED:
+            return u, value, v
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    u, v = U[:, 0], Vh[0]
-    rest = float((G - S[0] * torch.outer(u, v)).norm() / G.norm())
-    return RankOne(u, float(S[0]), v, rest)
+    return U[:, 0], float(S[0]), Vh[0]
 
 
 def _svd(G: Tensor, b: Tensor) -> Tensor:

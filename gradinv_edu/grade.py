@@ -1,11 +1,12 @@
 """Grade a submission: ``python -m gradinv_edu.grade path/to/notebook.ipynb``.
 
 The notebook's answers are put into a fresh copy of the assignment, hidden tests included, and
-run in a process of its own with a time limit. Exit status: 0 full marks, 1 points missing,
+run in a process of its own, with limits on time, memory, the processes it starts and the files it
+writes. Exit status: 0 full marks, 1 points missing,
 2 the notebook cannot be graded, 3 the time ran out.
 
-This protects honest students from accidents, and not a server from malice: submissions run with
-your own rights, so grade strangers' work in a container.
+This is no sandbox. It protects honest students from accidents, and not a server from malice:
+submissions run with your own rights, so grade strangers' work in a container.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from .coursework import editions
 from .coursework.editions import Cell, Exercise, Notebook, mark_of, source_of
 from .errors import GradientInversionError, InvalidArgumentError
 
+RUNNER = "gradinv_edu.coursework.runner"
 FULL, PARTLY, UNGRADABLE, TOO_SLOW = 0, 1, 2, 3
 SECONDS = 240.0
+GIGABYTES = 4.0
+MEGABYTES = 50  # of the largest file that is opened
 
 
 class AlteredNotebookError(GradientInversionError, ValueError):
@@ -86,7 +90,12 @@ class Report:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
-def grade(path: Path, exercises: Path | None = None, seconds: float = SECONDS) -> Report:
+def grade(
+    path: Path,
+    exercises: Path | None = None,
+    seconds: float = SECONDS,
+    gigabytes: float = GIGABYTES,
+) -> Report:
     """Grade one notebook.
 
     Parameters
@@ -97,23 +106,35 @@ def grade(path: Path, exercises: Path | None = None, seconds: float = SECONDS) -
         The folder that holds ``source``; default: of this checkout.
     seconds : float
         Time limit for the whole notebook.
+    gigabytes : float
+        Limit on the memory that it may use; heeded on Linux.
 
     Raises
     ------
     InvalidArgumentError
-        If the file is no notebook, or none of this course.
+        If the file is no notebook, none of this course, or far too large.
     AlteredNotebookError
         If cells of the assignment are missing, doubled or out of order.
     """
+    _not_too_large(path)
     submission = editions.read(path)
     found = assignment(submission, exercises or editions.folder(path))
     source = editions.read(found)
     merged, restored = merge(submission, source)
-    lines, timed_out = _run(merged, path.resolve().parent, seconds)
+    lines, timed_out = _run(merged, path.resolve().parent, seconds, gigabytes)
     notes = [f"Cells that had been changed were restored: {', '.join(restored)}."] * bool(restored)
     notes += _interruption(lines, merged, seconds, timed_out)
     marks = tuple(_mark(exercise, lines) for exercise in editions.exercises_of(source))
     return Report(found.stem, marks, tuple(notes), timed_out)
+
+
+def _not_too_large(path: Path) -> None:
+    size = path.stat().st_size / 2**20 if path.exists() else 0
+    if size > MEGABYTES:
+        raise InvalidArgumentError(
+            f"{path} has {size:.0f} MB, over {MEGABYTES}: its outputs are too long. Choose “Clear "
+            "all outputs” in Jupyter, save, and hand in that file."
+        )
 
 
 def assignment(submission: Notebook, exercises: Path) -> Path:
@@ -198,13 +219,15 @@ def _unaltered(submission: Notebook, originals: dict[str, Cell]) -> None:
             )
 
 
-def _run(notebook: Notebook, place: Path, seconds: float) -> tuple[list[dict[str, Any]], bool]:
+def _run(
+    notebook: Notebook, place: Path, seconds: float, gigabytes: float
+) -> tuple[list[dict[str, Any]], bool]:
     """Run a notebook in a fresh process; what it told, and whether the time ran out."""
     with tempfile.TemporaryDirectory() as scratch:
         told, file = Path(scratch, "told.jsonl"), Path(scratch, "notebook.ipynb")
         editions.write(notebook, file)
         process = subprocess.Popen(
-            [sys.executable, "-m", "gradinv_edu.coursework.runner", str(file), str(told)],
+            [sys.executable, "-m", RUNNER, str(file), str(told), str(gigabytes)],
             cwd=place,
             env={**os.environ, "MPLBACKEND": "Agg", "IPYTHONDIR": scratch},
             stdin=subprocess.DEVNULL,
@@ -278,10 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradinv_edu.grade", description=__doc__)
     parser.add_argument("notebook", type=Path, help="the notebook to grade")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit, default 240")
+    parser.add_argument("--gigabytes", type=float, default=GIGABYTES, help="of memory, default 4")
     parser.add_argument("--exercises", type=Path, help="folder with the assignments' source")
     options = parser.parse_args(arguments)
     try:
-        report = grade(options.notebook, options.exercises, options.seconds)
+        report = grade(options.notebook, options.exercises, options.seconds, options.gigabytes)
     except GradientInversionError as error:
         print(error, file=sys.stderr)
         return UNGRADABLE

@@ -315,15 +315,16 @@ class _Problem:
 
     def settle(self, tolerance: float, progress: Progress | None) -> tuple[int, bool]:
         """Linearise and solve until every equation holds, or it stops getting anywhere."""
-        best, stalls, residual = math.inf, 0, 1.0
+        best, least, stalls, residual = math.inf, math.inf, 0, 1.0
         for turn in range(1, ROUNDS + 1):
             if not self.solve(residual):  # what is left of the rows is too little
                 return turn, False
             residual, changed = self._move()
             if progress is not None:
                 progress(turn, residual)
-            if residual < SETTLED:
+            if residual < SETTLED or least / 2 < residual <= tolerance:  # noise allows no more
                 return turn, True
+            least = min(least, residual)
             if changed * len(self.floors) < self.dropped:  # most sides are known by now
                 self.share /= 2
             measure = float(changed) if self.kinked else residual

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,53 @@ def test_an_audit_for_machines_is_the_packages(
     model = cli.load_model(f"{nets}:net")
     assert found.pop("leak") == 1.0
     assert found == json.loads(json.dumps(gi.audit(model, (1, 8, 8)).to_dict()))
+
+
+@pytest.fixture
+def program(nets: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.export.export(cli.load_model(f"{nets}:make"), (torch.zeros(1, 1, 8, 8),))
+        torch.export.save(made, "net.pt2")
+    return "net.pt2"
+
+
+def test_a_saved_program_is_audited_and_recovered_from_as_its_model(
+    capsys: pytest.CaptureFixture[str], nets: str, program: str
+) -> None:
+    model = cli.load_model(f"{nets}:make")
+    update = gi.observe(model, nn.CrossEntropyLoss(), gi.data.digit(7), torch.tensor([2]))
+    update.save("update.safetensors")
+    save_file(model.state_dict(), "sent.safetensors")
+    told = []
+    for name in (program, f"{nets}:make"):
+        assert run("audit", name, "--input", "1,8,8", "--json") == 0
+        told.append({**answer(capsys), "model": None})
+        given = ["--model", name, "--weights", "sent.safetensors", "--update", "update.safetensors"]
+        assert run("recover", *given, "--input", "1,8,8", "--json") == 0
+        told.append(answer(capsys))
+    assert told[:2] == told[2:] and told[1]["exact"] is True
+    assert run("audit", program, "--input", "1,8,8", "--limit", "0.5", "--json") == 1
+    assert cli.load_model(program).training
+
+
+def test_a_model_file_that_is_no_model_is_told(
+    capsys: pytest.CaptureFixture[str], nets: str, program: str
+) -> None:
+    whole = Path(program).read_bytes()
+    Path("short.pt2").write_bytes(whole[: len(whole) // 2])
+    torch.save(cli.load_model(f"{nets}:make"), "pickle.pt")
+    softmax = nn.Sequential(nn.Linear(64, 4), nn.Softmax(1))
+    torch.export.save(torch.export.export(softmax, (torch.zeros(1, 64),)), "softmax.pt2")
+    for name, kind, message in (
+        ("none.pt2", "ModelFileError", "No such file"),
+        ("short.pt2", "ModelFileError", "short.pt2"),
+        ("pickle.pt", "ModelFileError", "holds 0 programs"),
+        ("softmax.pt2", "UnsupportedLayerError", "calls softmax"),
+    ):
+        assert run("audit", name, "--input", "64", "--json") == 2
+        told = answer(capsys)
+        assert told["error"] == kind and message in str(told["message"])
 
 
 @pytest.mark.parametrize(("limit", "code"), [("0.5", 1), ("1", 0)])

@@ -199,7 +199,7 @@ def test_drift_is_found_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (3, 5, 5, 3), (3, 5, 7, 3), (3, 6, 3, 2)])
-def test_the_count_of_exercise_6_6_is_the_rank(shape: tuple[int, int, int, int]) -> None:
+def test_the_count_of_exercise_6_5_is_the_rank(shape: tuple[int, int, int, int]) -> None:
     channels, size, filters, kernel = shape
     g = torch.Generator().manual_seed(0)
     conv = torch.nn.Conv2d(channels, filters, kernel, bias=False).double()

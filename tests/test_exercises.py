@@ -81,8 +81,7 @@ def test_at_least_four_mistakes_are_planted_in_each(case: tuple[str, Exercise]) 
 @pytest.mark.parametrize("stem", NUMBERED)
 def test_an_assignment_rises_from_deriving_to_judging(stem: str) -> None:
     cards = [card for name, card in CARDS if name == stem]
-    chapter = guide.chapter_of(EXERCISES / "source" / stem / f"{stem}.ipynb")
-    assert 3 <= len(cards) <= max(5, len(guide.objectives_of(chapter)))
+    assert 3 <= len(cards) <= 5
     assert [card.number for card in cards] == [
         f"{int(stem[:2])}.{place}" for place in range(1, len(cards) + 1)
     ]

@@ -320,6 +320,22 @@ def test_the_budget_is_kept_and_the_audit_fails_closed() -> None:
         assert "out of time" in audit.reports[0].reason
 
 
+@pytest.mark.parametrize(("matching", "action"), [(False, "sent"), (True, "withheld")])
+def test_gradient_matching_finds_what_the_exact_attacks_do_not(matching: bool, action: str) -> None:
+    def tiny(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return gi.data.digit(3), torch.tensor([1])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Flatten(), nn.Linear(64, 48, bias=False), nn.GELU(), nn.Linear(48, 10))
+        model = nn.Sequential(*layers)
+    audit = LeakAudit(model, LOSS, tiny, matching=matching, seconds=60)
+    federate(model, mods=[only(0, audit)], data=tiny)
+    (report,) = audit.reports
+    assert report.action == action
+    assert [a.attack for a in report.attempts] == ["ratio", "recursion", "matching"][: 2 + matching]
+
+
 def test_the_deadline_stops_a_computation_in_the_middle() -> None:
     with pytest.raises(federation._OutOfTime), federation._Deadline(0.05):
         while True:
@@ -481,9 +497,6 @@ def test_importing_the_package_does_not_import_flower() -> None:
 # --- the real thing ---------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    "GRADINV_RAY" not in os.environ, reason="starts Ray: set GRADINV_RAY=1 on a quiet machine"
-)
 def test_flowers_simulation_on_ray(tmp_path: Path) -> None:
     """Two clients in a process of their own; one of them looks first."""
     model, before = convolutional(), set(Path("/tmp").glob("gi-*"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -26,6 +28,15 @@ from gradinv_edu.grade import (
 EXERCISES = Path(__file__).parents[1] / "exercises"
 SOURCES = editions.sources(EXERCISES)
 SOURCE = editions.read(SOURCES[0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the many fresh processes share compiled modules, whatever the environment says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("compiled")))
+        yield
 
 
 @pytest.fixture
@@ -118,6 +129,42 @@ def test_a_process_that_ends_itself(tmp_path: Path) -> None:
     report = grade(*_small(tmp_path, "def f():\n    return 1", "import os\nos._exit(0)"))
     assert report.points == 0
     assert "ended its own process in cell number 2" in report.notes[0]
+
+
+GREEDY = "x = [bytearray(2**28) for _ in range(1000)]\ndef f():\n    return 1"
+FORKS = "import os\nwhile True:\n    os.fork()"
+LONG = "print('a' * 10**8)\ndef f():\n    raise ValueError('b' * 10**6)"
+WIDE = "with open('wide', 'wb') as file:\n    file.truncate(2**31)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are the system's")
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        (GREEDY, "does not run: It ran out of the memory that grading allows"),
+        (FORKS, "does not run: RuntimeError: more than 32 processes started"),
+        (LONG, "ValueError: bbb"),
+        (WIDE, "does not run: OSError: [Errno 27] File too large"),
+    ],
+    ids=["memory", "forks", "output", "file"],
+)
+def test_what_takes_too_much_ends_in_a_message(tmp_path: Path, answer: str, hint: str) -> None:
+    report = grade(*_small(tmp_path, answer), gigabytes=2)
+    assert report.points == 0 and not report.notes
+    assert hint in report.marks[0].hint and len(report.marks[0].hint) < 500
+
+
+def test_a_child_that_a_cell_leaves_behind_grades_nothing(tmp_path: Path) -> None:
+    report = grade(*_small(tmp_path, "def f():\n    return 1", "import os\nos.fork()"))
+    assert report.points == 2 and not report.notes
+
+
+def test_a_file_that_is_far_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.ipynb"
+    with path.open("wb") as file:
+        file.truncate(51 * 2**20)
+    assert main([str(path)]) == UNGRADABLE
+    assert "has 51 MB, over 50: its outputs are too long" in capsys.readouterr().err
 
 
 def test_own_cells_are_welcome(tmp_path: Path) -> None:

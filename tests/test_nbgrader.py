@@ -18,7 +18,13 @@ STEM = "01_perceptron"
 def _nbgrader(course: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "nbgrader", *arguments]
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # alembic, jupyter
-    environment = {**os.environ, "PATH": beside, "JUPYTER_CONFIG_DIR": str(course.parent)}
+    environment = {
+        **os.environ,
+        "PATH": beside,
+        "JUPYTER_CONFIG_DIR": str(course.parent),
+        "PYTHONPYCACHEPREFIX": str(course.parent / "compiled"),  # shared by all the kernels
+    }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

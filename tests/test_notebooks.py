@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-CHAPTERS = sorted((Path(__file__).parents[1] / "book").glob("[0-9]*.ipynb"))
+BOOK = Path(__file__).parents[1] / "book"
+CHAPTERS = [*sorted(BOOK.glob("[0-9]*.ipynb")), BOOK / "benchmarks.ipynb"]
 IGNORING = re.compile(r"nbval|skip|raises-exception", re.IGNORECASE)
 LONGEST, MEDIAN = 25, 5
 

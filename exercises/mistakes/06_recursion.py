@@ -9,79 +9,102 @@ from gradinv_edu.coursework.mistakes import planted
 
 
 def _slopes(z, slope=0.2):
-    return torch.where(z > 0, 1.0, slope)
+    return torch.where(z > 0, torch.ones_like(z), torch.full_like(z, slope))
+
+
+def _known(name, a):
+    """The slope, z, and where z is known."""
+    everywhere = torch.ones_like(a, dtype=torch.bool)
+    if name == "leaky_relu":
+        return _slopes(a), a / _slopes(a), everywhere
+    if name == "tanh":
+        return 1 - a**2, torch.atanh(a), everywhere
+    if name == "sigmoid":
+        return a * (1 - a), torch.logit(a), everywhere
+    return (a > 0).to(a), a, a > 0
 
 
 @planted("06-step", says="Which index is summed")
-def transposed_weight(weight, output_gradient, below, slope):
-    return (weight @ output_gradient) * _slopes(below, slope)
+def transposed_weight(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    return (weight @ output_gradient) * slope, z, known
 
 
 @planted("06-step", says="not through the activation")
-def slope_forgotten(weight, output_gradient, below, slope):
-    return weight.T @ output_gradient
+def slope_forgotten(weight, output_gradient, outputs, name):
+    return weight.T @ output_gradient, *_known(name, outputs)[1:]
 
 
 @planted("06-step", says="activation itself")
-def activation_for_slope(weight, output_gradient, below, slope):
-    return (weight.T @ output_gradient) * torch.where(below > 0, below, slope * below)
+def activation_for_slope(weight, output_gradient, outputs, name):
+    return (weight.T @ output_gradient) * outputs, *_known(name, outputs)[1:]
 
 
 @planted("06-step", says="divided by the slope")
-def divided_by_the_slope(weight, output_gradient, below, slope):
-    return (weight.T @ output_gradient) / _slopes(below, slope)
+def divided_by_the_slope(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    return (weight.T @ output_gradient) / slope, z, known
 
 
 @planted("06-step", says="another layer")
-def slopes_of_the_wrong_layer(weight, output_gradient, below, slope):
-    own = weight @ torch.where(below > 0, below, slope * below)
-    if len(own) != len(below):
-        return (weight.T @ output_gradient) * _slopes(below, slope)
-    return (weight.T @ output_gradient) * _slopes(own, slope)
+def slopes_of_the_wrong_layer(weight, output_gradient, outputs, name):
+    _, z, known = _known(name, outputs)
+    if len(weight) != len(outputs):
+        return weight.T @ output_gradient, z, known
+    return (weight.T @ output_gradient) * _slopes(weight @ outputs), z, known
 
 
-def _undone(name, outputs):
-    known = torch.ones_like(outputs, dtype=torch.bool)
-    if name == "leaky_relu":
-        return torch.where(outputs > 0, outputs, outputs / 0.2), known
-    if name == "tanh":
-        return torch.atanh(outputs), known
-    if name == "sigmoid":
-        return torch.logit(outputs), known
-    return outputs, outputs > 0
+@planted("06-step", says="you have σ(z)")
+def outputs_taken_for_z(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    slope = _known(name, outputs.tanh())[0] if name == "tanh" else slope
+    return (weight.T @ output_gradient) * slope, z, known
 
 
-@planted("06-undo", says="could be anything")
-def zeros_of_a_relu_believed(name, outputs):
-    return _undone(name, outputs)[0], torch.ones_like(outputs)
+@planted("06-step", says="nothing of k passes")
+def relu_taken_for_leaky(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    slope = _slopes(outputs) if name == "relu" else slope
+    return (weight.T @ output_gradient) * slope, z, known
 
 
-@planted("06-undo", says="turned round")
-def mask_turned_round(name, outputs):
-    z, known = _undone(name, outputs)
-    return z, ~known if name == "relu" else known
+@planted("06-step", says="could be anything")
+def zeros_of_a_relu_believed(weight, output_gradient, outputs, name):
+    slope, z, _ = _known(name, outputs)
+    return (weight.T @ output_gradient) * slope, z, torch.ones_like(outputs)
 
 
-@planted("06-undo", says="once more")
-def leaky_slope_applied_again(name, outputs):
-    z, known = _undone(name, outputs)
-    return (outputs * _slopes(outputs), known) if name == "leaky_relu" else (z, known)
+@planted("06-step", says="turned round")
+def mask_turned_round(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    return (weight.T @ output_gradient) * slope, z, ~known if name == "relu" else known
 
 
-@planted("06-undo", says="everywhere")
-def slope_divided_out_everywhere(name, outputs):
-    z, known = _undone(name, outputs)
-    return (outputs / 0.2, known) if name == "leaky_relu" else (z, known)
+@planted("06-step", says="once more")
+def leaky_slope_applied_again(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    z = outputs * slope if name == "leaky_relu" else z
+    return (weight.T @ output_gradient) * slope, z, known
 
 
-@planted("06-undo", says="other way round")
-def logit_for_tanh(name, outputs):
-    return _undone("sigmoid" if name == "tanh" else name, outputs)
+@planted("06-step", says="everywhere")
+def slope_divided_out_everywhere(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    z = outputs / 0.2 if name == "leaky_relu" else z
+    return (weight.T @ output_gradient) * slope, z, known
 
 
-@planted("06-undo", says="one-to-one")
-def negative_outputs_left_out(name, outputs):
-    return _undone(name, outputs)[0], outputs > 0
+@planted("06-step", says="other way round")
+def logit_for_tanh(weight, output_gradient, outputs, name):
+    slope, z, known = _known(name, outputs)
+    z = _known("sigmoid", outputs)[1] if name == "tanh" else z
+    return (weight.T @ output_gradient) * slope, z, known
+
+
+@planted("06-step", says="one-to-one")
+def negative_outputs_left_out(weight, output_gradient, outputs, name):
+    slope, z, _ = _known(name, outputs)
+    return (weight.T @ output_gradient) * slope, z, outputs > 0
 
 
 def _walk(weights, gradients, slope=0.2, shift=0, power=2, bottom=0):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,13 @@ def classroom(source: Notebook) -> tuple[Namespace, dict[str, str]]:
             grading[mark_of(cell)["grade_id"]] = source_of(cell)
         elif cell["cell_type"] == "code":
             exec(source_of(cell), namespace)
+    _close_figures()
     return namespace, grading
+
+
+def _close_figures() -> None:
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def verdict_on(answer: object, exercise: Exercise, room: tuple[Namespace, dict[str, str]]) -> str:

@@ -34,33 +34,6 @@ WRONG_LAYER = (
     "The slopes are those of another layer: they belong to the z below, which went into the "
     "activation, and not to this layer's own output."
 )
-
-
-def _slopes(z: Tensor, slope: float) -> Tensor:
-    return torch.where(z > 0, torch.ones_like(z), torch.full_like(z, slope))
-
-
-def check_step_down(step_down: Student, seed: int = 1, units: int = 5) -> None:
-    """Check 6.1: the output gradient, handed one layer down."""
-    for outputs, slope in ((units, 0.2), (units - 2, 0.1)):
-        W = _random(seed, outputs, units)
-        k, z = _random(seed + 1, outputs), _random(seed + 2, units)
-        back, slopes = W.T @ k, _slopes(z, slope)
-        above = W @ nn.functional.leaky_relu(z, slope)
-        known: list[Wrong] = [
-            (NO_SLOPE, back),
-            (ACTIVATED, back * nn.functional.leaky_relu(z, slope)),
-            (INVERSE, back / slopes),
-        ]
-        if outputs == units:
-            known += [(NOT_TRANSPOSED, (W @ k) * slopes), (NOT_TRANSPOSED, W @ k)]
-            known += [(WRONG_LAYER, back * _slopes(above, slope))]
-            known += [(WRONG_LAYER, W.T @ (k * slopes))]
-        answer = ask(step_down, W.clone(), k.clone(), z.clone(), slope)
-        compare(answer, back * slopes, "the output gradient below", known)
-    right("One transpose and one slope: that is the whole recursion of k.")
-
-
 GUESSED = (
     "You say that every z of a ReLU is known. Where its output is zero, all one knows is that z is "
     "not positive: it could be anything there."
@@ -72,40 +45,82 @@ MULTIPLIED = (
 )
 OTHER = "You undid tanh with the sigmoid's inverse, or the other way round."
 EVERYWHERE = "You divided by the slope everywhere; positive outputs went through unchanged."
+THREE = "Return three things: the output gradient below, z below, and the mask."
+ZERO_SLOPE = "The slope of a dead ReLU is zero: nothing of k passes there."
+SLOPE_OF_Z = (
+    "You took the outputs for z in the slope of {name}: there σ′ is asked at z, and you have σ(z)."
+)
 
 
-def check_undo(undo: Student, seed: int = 2, units: int = 9) -> None:
-    """Check 6.2: what is known of z, and where, once the output of an activation is known."""
-    z = _random(seed, units)
-    leaky, slope = torch.where(z > 0, z, 0.2 * z), 0.2
+def _slopes(z: Tensor, slope: float) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), torch.full_like(z, slope))
+
+
+def _activations(z: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Output and slope of each activation, and what its slope would be if outputs were z."""
     tanh, sigmoid = z.tanh(), z.sigmoid()
-    outputs: dict[str, tuple[Tensor, list[Wrong]]] = {
-        "leaky_relu": (
-            leaky,
-            [
-                (MULTIPLIED, leaky),
-                (MULTIPLIED, torch.where(leaky > 0, leaky, slope * leaky)),
-                (EVERYWHERE, leaky / slope),
-            ],
-        ),
-        "tanh": (tanh, [(OTHER, tanh.logit()), (OTHER, tanh.atanh() * 2)]),
-        "sigmoid": (sigmoid, [(OTHER, sigmoid.atanh()), (OTHER, 2 * sigmoid.atanh())]),
-        "relu": (z.relu(), []),
+    leaky = _slopes(z, 0.2)
+    return {
+        "leaky_relu": (z * leaky, leaky, leaky),
+        "tanh": (tanh, 1 - tanh**2, 1 - tanh.tanh() ** 2),
+        "sigmoid": (sigmoid, sigmoid * (1 - sigmoid), sigmoid.sigmoid() * (-sigmoid).sigmoid()),
+        "relu": (z.relu(), _slopes(z, 0.0), _slopes(z, 0.0)),
     }
-    for name, (a, known) in outputs.items():
-        answer, mask = pair(ask(undo, name, a.clone(), case=f"for {name}"), "undo(...)")
-        marked = tensor(mask, "the mask") != 0
-        demand(marked.shape == z.shape, f"The mask of {name} needs one entry for each unit.")
-        if name == "relu":
-            demand(not torch.equal(marked, z <= 0), TURNED)
-            demand(not bool(marked[z <= 0].any()), GUESSED)
-            found = torch.where(marked, tensor(answer, "z"), 0.0)
-            compare(found, torch.where(z > 0, z, 0.0), "the known part of relu's z")
-        else:
-            compare(answer, z, f"z below {name}", known, tolerance=1e-7)
-        demand(bool(marked[z > 0].all()), TOO_CAREFUL.format(name=name))
-        demand(name == "relu" or bool(marked.all()), TOO_CAREFUL.format(name=name))
-    right("What is known is undone; what is not is left out, and not guessed.")
+
+
+def check_step_down(step_down: Student, seed: int = 1, units: int = 7) -> None:
+    """Check 6.1: the output gradient, handed one layer down, and an activation undone."""
+    z = _random(seed + 2, units)
+    for outputs in (units, units - 2):
+        W, k = _random(seed, outputs, units), _random(seed + 1, outputs)
+        for name, (a, slope, again) in _activations(z).items():
+            case = f"for {name}"
+            answer = ask(step_down, W.clone(), k.clone(), a.clone(), name, case=case)
+            demand(isinstance(answer, tuple | list) and len(answer) == 3, THREE)
+            _handed_down(answer[0], W, k, (a, slope, again), name)
+            _undone(answer[1], answer[2], a, z, name)
+    right("One transpose, one slope, one inverse: what is known goes down, the rest is left open.")
+
+
+def _handed_down(
+    answer: object, W: Tensor, k: Tensor, layer: tuple[Tensor, Tensor, Tensor], name: str
+) -> None:
+    a, slope, again = layer
+    back = W.T @ k
+    known: list[Wrong] = [
+        (NO_SLOPE if name != "relu" else ZERO_SLOPE, back),
+        (ACTIVATED, back * a),
+        (INVERSE, back / slope),
+        (SLOPE_OF_Z.format(name=name), back * again),
+        (ZERO_SLOPE, back * _slopes(a, 0.2)),
+    ]
+    if len(W) == W.shape[1]:
+        known += [(NOT_TRANSPOSED, (W @ k) * slope), (NOT_TRANSPOSED, W @ k)]
+        known += [(WRONG_LAYER, back * _slopes(W @ a, 0.2)), (WRONG_LAYER, W.T @ (k * slope))]
+    compare(answer, back * slope, f"the output gradient below {name}", known)
+
+
+def _undone(answer: object, mask: object, a: Tensor, z: Tensor, name: str) -> None:
+    known: dict[str, list[Wrong]] = {
+        "leaky_relu": [
+            (MULTIPLIED, a),
+            (MULTIPLIED, torch.where(a > 0, a, 0.2 * a)),
+            (EVERYWHERE, a / 0.2),
+        ],
+        "tanh": [(OTHER, a.logit()), (OTHER, a.atanh() * 2)],
+        "sigmoid": [(OTHER, a.atanh()), (OTHER, 2 * a.atanh())],
+    }
+    marked = tensor(mask, "the mask") != 0
+    demand(marked.shape == z.shape, f"The mask of {name} needs one entry for each unit.")
+    if name == "relu":
+        demand(not torch.equal(marked, z <= 0), TURNED)
+        demand(not bool(marked[z <= 0].any()), GUESSED)
+        found = torch.where(marked, tensor(answer, "z"), 0.0)
+        compare(found, torch.where(z > 0, z, 0.0), "the known part of relu's z")
+    else:
+        compare(answer, z, f"z below {name}", known[name], tolerance=1e-7)
+    demand(bool(marked[z > 0].all()), TOO_CAREFUL.format(name=name))
+    demand(name == "relu" or bool(marked.all()), TOO_CAREFUL.format(name=name))
 
 
 EARLY = "That is the input of an inner layer: you stopped before the bottom."
@@ -138,7 +153,7 @@ def _walk(
 
 
 def check_walk(walk: Student, seed: int = 3, units: int = 12, depth: int = 3) -> None:
-    """Check 6.3: picture and label through a bias-free network."""
+    """Check 6.2: picture and label through a bias-free network."""
     for label in (2, 0):
         sizes = [units] * (depth + 1) + [6]
         weights = [_random(seed + i, m, n) / n**0.5 for i, (n, m) in enumerate(pairwise(sizes))]
@@ -183,7 +198,7 @@ COUNTED = (
 
 
 def check_design(design: Student, seed: int = 4) -> None:
-    """Check 6.4: a layer that lacks rank in a network that does not."""
+    """Check 6.3: a layer that lacks rank in a network that does not."""
     answer = pair(ask(design), "design()")
     demand(all(isinstance(n, int) and 1 <= n <= 8 for n in answer), WHOLE)
     first, second = answer
@@ -290,7 +305,7 @@ LEFT = "A layer in the middle leaves {size:.0%} of its equations unexplained, an
 
 
 def check_may_trust(may_trust: Student, seed: int = 5) -> None:
-    """Check 6.5: from the account of a recovery to a verdict."""
+    """Check 6.4: from the account of a recovery to a verdict."""
     double, single = (torch.finfo(t).eps for t in (torch.float64, torch.float32))
     honest = _recovered(torch.float64, 10, seed)
     twins = _recovered(torch.float64, 1, seed)
@@ -433,7 +448,7 @@ def _one_limits(layers: list[Plan], classes: int) -> bool:
 
 
 def check_largest_batch(largest_batch: Student, seed: int = 6) -> None:
-    """Check 6.6: the largest batch that a convolutional network gives away, and its limit."""
+    """Check 6.5: the largest batch that a convolutional network gives away, and its limit."""
     for layers, classes in _networks(seed):
         limits = _limits(layers, classes)
         true = min(limits.values())
