@@ -24,6 +24,8 @@ DTYPES = ("float32", "float64")
 DEPTHS = (2, 3, 6, 8, 10, 12)
 WIDTHS = (1.5, 2.0, 3.0, 4.0)
 BATCHES = (2, 4, 8)
+SURPLUS = (1.1, 1.2, 1.35, 1.5, 2.0)  # weight equations for each unknown, at 112×112
+PHOTO_SURPLUS = 1.7  # at 224×224
 COARSE = ("float16", "bfloat16")  # at 64×64
 DENSE = (8, 12, 16, 20)
 THREADS = 2  # at 128×128
@@ -50,6 +52,8 @@ def jobs() -> dict[str, Job]:
     found |= {f"depth/{depth}": _job(size=32, depth=depth) for depth in DEPTHS}
     found |= {f"width/{width:g}": _job(size=32, width=width) for width in WIDTHS}
     found |= {f"batch/{batch}": _job(size=32, batch=batch) for batch in BATCHES}
+    found |= {f"surplus/{s:g}": _job(size=112, surplus=s) for s in SURPLUS}
+    found[f"surplus/{PHOTO_SURPLUS:g}"] = _job(size=224, surplus=PHOTO_SURPLUS)
     found |= {f"dtype/{dtype}": _job(size=64, dtype=dtype) for dtype in COARSE}
     found[f"threads/{THREADS}"] = _job(size=128, threads=THREADS)
     found |= {f"dense/{size}": Job("scaling", "against_dense", {"size": size}) for size in DENSE}
@@ -76,8 +80,17 @@ def _cuda() -> bool:
 # --- in the child -------------------------------------------------------------------------------
 
 
-def network(size: int, depth: int = 4, width: float = 1.0, dtype: str = "float64") -> Any:
-    """``photo_cnn``, with other depths and widths: ``depth`` convolutions and a dense layer."""
+def network(
+    size: int,
+    depth: int = 4,
+    width: float = 1.0,
+    dtype: str = "float64",
+    surplus: float | None = None,
+) -> Any:
+    """``photo_cnn``, with other depths and widths: ``depth`` convolutions and a dense layer.
+
+    With ``surplus``, each layer has filters for so many weight equations an unknown.
+    """
     import torch
     from torch import nn
 
@@ -86,6 +99,7 @@ def network(size: int, depth: int = 4, width: float = 1.0, dtype: str = "float64
     channels, side = 3, size
     for place, wide in enumerate(int(width * f) for f in filters):
         kernel, stride = (4, 2) if place < 2 else (3, 1)
+        wide = wide if surplus is None else round(surplus * channels * stride**2)
         layers += [nn.Conv2d(channels, wide, kernel, stride, 1, bias=False), nn.LeakyReLU(0.2)]
         channels, side = wide, side // stride
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side**2, 10, bias=False))
@@ -113,6 +127,7 @@ def cell(
     batch: int = 1,
     dtype: str = "float64",
     device: str = "cpu",
+    surplus: float | None = None,
 ) -> dict[str, Any]:
     """One recovery and all that is counted about it."""
     import torch
@@ -122,7 +137,7 @@ def cell(
 
     loss = nn.CrossEntropyLoss()
     warm(dtype, device)
-    net = network(size, depth, width, dtype).to(device)
+    net = network(size, depth, width, dtype, surplus).to(device)
     truth = pictures(size, batch).to(device)
     inputs, targets = (
         truth.to(getattr(torch, dtype)),
@@ -143,6 +158,7 @@ def cell(
         "depth": depth,
         "width": width,
         "batch": batch,
+        "surplus": surplus,
         "dtype": dtype,
         "device": device,
         "seconds": rounded(spent),
