@@ -73,7 +73,9 @@ def number(value: Any) -> str:
         return str(value)
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.0e}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}".replace(",", " ")
+    return (
+        f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
+    )
 
 
 def runs(data: Data) -> Any:
