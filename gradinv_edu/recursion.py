@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from . import batches, fully_connected, joint, residual
+from . import batches, fully_connected, joint, kinks, residual
 from . import polish as polishing
 from .activations import NORMS, undo
 from .chain import Residual, Step, trace
@@ -58,6 +59,9 @@ class LayerReport:
     inputs : Tensor or None
         What was found for the layer's input, ``(N, *input_shape)``, float64; of the lowest
         layer where several are solved as one.
+    turned : int
+        Units above this layer that rounding had put on the wrong side of their kink, and that its
+        own gradient put right (:func:`gradinv_edu.kinks.settle`).
     """
 
     name: str
@@ -70,6 +74,7 @@ class LayerReport:
     smallest_singular_value: float
     error: float
     inputs: Tensor | None = field(default=None, repr=False, compare=False)
+    turned: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class _State:
     k: Tensor  # ∂L/∂a
     noise: float  # of the value, relative to its largest entry
     error: float  # worst-case relative error so far
+    turn: Tensor | None = None  # what k gains across a kink, where its side is in doubt
 
 
 @dataclass
@@ -175,6 +181,7 @@ class _Walk:
     generator: torch.Generator | None
     polish: bool = False
     together: bool = True
+    settle: bool = True
     batch_size: int = 1
     reports: list[LayerReport] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -206,6 +213,7 @@ def recover(
     *,
     constraints: str = "both",
     together: bool = True,
+    settle: bool = True,
     polish: bool = False,
     batch_size: int = 1,
     generator: torch.Generator | None = None,
@@ -235,6 +243,9 @@ def recover(
     together : bool
         Solve a layer that lacks equations together with the layers below
         (:func:`gradinv_edu.joint.solve`); ``False`` for study.
+    settle : bool
+        Let a layer's own gradient tell on which side of their kink the units above it are, where
+        rounding leaves that open (:func:`gradinv_edu.kinks.settle`); ``False`` for study.
     polish : bool
         Go on by Gauss-Newton on the whole gradient (:func:`gradinv_edu.polish.polish`), which wins
         back the digits that float32 gradients lose on the way down; its verdict replaces the
@@ -280,7 +291,7 @@ def recover(
     dtype = _coarsest(update.gradients)
     gradients = {n: g.detach().to(device, torch.float64) for n, g in update.gradients.items()}
     walk = _Walk(steps, gradients, dtype, constraints, progress, generator, polish, together)
-    walk.batch_size = batch_size
+    walk.batch_size, walk.settle = batch_size, settle
     candidates = _candidates(walk, update, loss)
     return _judge(candidates, walk)
 
@@ -558,7 +569,9 @@ def _contradict(walk: _Walk) -> None:
 def _reshape(state: _State, step: Step) -> _State:
     shape = (len(state.value), *step.input_shape)
     weight = None if state.weight is None else state.weight.reshape(shape)
-    return replace(state, value=state.value.reshape(shape), weight=weight, k=state.k.reshape(shape))
+    turn = None if state.turn is None else state.turn.reshape(shape)
+    value, k = state.value.reshape(shape), state.k.reshape(shape)
+    return replace(state, value=value, weight=weight, k=k, turn=turn)
 
 
 def _undo(walk: _Walk, state: _State, step: Step) -> _State:
@@ -570,7 +583,15 @@ def _undo(walk: _Walk, state: _State, step: Step) -> _State:
         walk.kept[step.name] = undone.slope
     weight = None if bool((both == 1).all()) else both
     k = state.k * undone.slope * (known > 0)
-    return replace(state, value=undone.inputs, weight=weight, k=k)
+    return replace(state, value=undone.inputs, weight=weight, k=k, turn=_turn(walk, state, step))
+
+
+def _turn(walk: _Walk, state: _State, step: Step) -> Tensor | None:
+    if not walk.settle or state.turn is not None:  # of two kinks in a row, neither is settled
+        return None
+    reach = max(state.error, 10 * state.noise)
+    turn = kinks.turn(step.module, state.value, state.k, reach)
+    return turn if bool(turn.any()) else None
 
 
 def _inside(module: nn.Module) -> float:
@@ -621,19 +642,23 @@ def _solve(walk: _Walk, state: _State, position: int) -> tuple[_State, int]:
     system = LayerSystem(
         module, state.k, block[0].input_shape, state.weight, constraints=constraints
     )
+    turned = 0
     with _bar(walk, block) as bar:
-        solution = system.solve(
-            state.value, gradient, progress=bar, generator=walk.generator, noise=walk.eps
-        )
+        options: dict[str, Any] = {"progress": bar, "generator": walk.generator, "noise": walk.eps}
+        solution = system.solve(state.value, gradient, **options)
+        if state.turn is not None and gradient is not None and solution.full_rank:
+            system, solution, turned = kinks.settle(
+                system, solution, state.value, gradient, state.turn, **options
+            )
     error = _error(solution, system, state.error)
-    k = _pull_back(module, state.k, solution.inputs)
+    k = _pull_back(module, system.k, solution.inputs)
     noise = max(3 * solution.residual, walk.eps)
     lone = _State(solution.inputs, None, k, noise, error)
     if not solution.full_rank and walk.together and walk.constraints == "both":
         together = _solve_together(walk, state, block, system, solution, lone, below)
         if together is not None:
             return together
-    walk.reports.append(_report(block, system, solution, error))
+    walk.reports.append(_report(block, system, solution, error, turned))
     return lone, below
 
 
@@ -836,7 +861,7 @@ def _error(solution: LayerSolution, system: LayerSystem, above: float) -> float:
 
 
 def _report(
-    block: list[Step], system: LayerSystem, solution: LayerSolution, error: float
+    block: list[Step], system: LayerSystem, solution: LayerSolution, error: float, turned: int
 ) -> LayerReport:
     return LayerReport(
         name=_name(block),
@@ -849,6 +874,7 @@ def _report(
         smallest_singular_value=solution.smallest_singular_value,
         error=error,
         inputs=solution.inputs,
+        turned=turned,
     )
 
 
