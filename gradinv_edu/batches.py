@@ -80,9 +80,10 @@ def _split(weight_gradient: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """``UΣ`` and ``V`` of the rank-``N`` gradient."""
     G = checks.shaped(weight_gradient, "weight_gradient", (None, None))
     limit = min(len(G) - 1, G.shape[1])
-    if not 1 <= batch_size <= limit:
+    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not whole or not 1 <= batch_size <= limit:
         raise InvalidArgumentError(
-            f"batch_size is {batch_size}; a last layer of shape {tuple(G.shape)} tells at most "
+            f"batch_size is {batch_size!r}; a last layer of shape {tuple(G.shape)} tells at most "
             f"{limit} samples apart, since each k sums to zero over the classes."
         )
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
@@ -153,6 +154,8 @@ def recover_outputs(
     The setting is that of Zhu and Blaschko's follow-up to R-GAP; the reduction to ``N²``
     unknowns is this project's.
     """
+    if reduction not in ("mean", "sum"):
+        raise InvalidArgumentError(f"reduction is 'mean' or 'sum'; got {reduction!r}.")
     left, V = _split(weight_gradient, batch_size)
     W = checks.shaped(weight, "weight", tuple(weight_gradient.shape))
     b = W.new_zeros(len(W)) if bias is None else checks.shaped(bias, "bias", (len(W),))

@@ -403,6 +403,10 @@ def _with_shapes(
                 f"{name or type(module).__name__} does not take inputs of shape "
                 f"{tuple(x.shape[1:])}; is input_shape {input_shape} right? ({error})"
             ) from None
+        if not isinstance(y, Tensor):
+            raise UnsupportedLayerError(
+                f"{name or type(module).__name__} gives a {type(y).__name__}, not one tensor."
+            )
         steps.append(Step(name, module, tuple(x.shape[1:]), tuple(y.shape[1:])))
         x = y
     return steps

@@ -24,6 +24,7 @@ from .errors import (
     InvalidArgumentError,
     InvalidTensorError,
     UnsupportedLayerError,
+    UnsupportedLossError,
 )
 from .recursion import Recovery
 from .sharing import Loss, Update, observe
@@ -94,7 +95,7 @@ def add_noise(update: Update, sigma: float, generator: torch.Generator | None = 
     InvalidTensorError
         If the update holds NaN or infinite entries.
     """
-    _number(sigma, "sigma", sigma >= 0, "zero or more")
+    _number(sigma, "sigma", lambda v: v >= 0, "zero or more")
     source = _source(generator)
     return _each(update, lambda g: g + sigma * _normal(g, source))
 
@@ -261,7 +262,7 @@ def half(update: Update) -> Update:
     InvalidTensorError
         If an entry is larger than float16 can hold, 65504, or is NaN.
     """  # noqa: E501
-    for name, g in update.gradients.items():
+    for name, g in _gradients(update).items():
         checks.finite(g.to(torch.float16), f"The float16 gradient of {name}")
     return replace(update, gradients={n: g.to(torch.float16) for n, g in update.gradients.items()})
 
@@ -332,17 +333,22 @@ def dp_sgd(
     ------
     InvalidArgumentError
         If a number is impossible, or Opacus is not installed.
+    InvalidTensorError
+        If the samples are not finite floating point, or do not fit the targets or the model.
     UnsupportedLayerError
         If Opacus has no per-sample gradient for a layer, such as batch norm.
+    UnsupportedLossError
+        If the loss is reduced neither to a mean nor to a sum.
 
     Notes
     -----
     Opacus's accountant assumes that each sample is drawn by lot (Poisson sampling); the engine's
     Rényi accountant is used. Source: Abadi et al. (2016).
     """
-    _number(noise_multiplier, "noise_multiplier", noise_multiplier >= 0, "zero or more")
+    _number(noise_multiplier, "noise_multiplier", lambda v: v >= 0, "zero or more")
     _positive(norm, "norm")
-    _number(delta, "delta", 0 < delta < 1, "between 0 and 1")
+    _batch(model, loss, inputs, targets)
+    _number(delta, "delta", lambda v: 0 < v < 1, "between 0 and 1")
     population = len(inputs) if dataset_size is None else dataset_size
     _whole(steps, "steps", 1)
     _whole(population, "dataset_size", len(inputs))
@@ -380,9 +386,9 @@ def privacy_spent(
     InvalidArgumentError
         If a number is impossible, or Opacus is not installed.
     """
-    _number(noise_multiplier, "noise_multiplier", noise_multiplier >= 0, "zero or more")
-    _number(sample_rate, "sample_rate", 0 < sample_rate <= 1, "in (0, 1]")
-    _number(delta, "delta", 0 < delta < 1, "between 0 and 1")
+    _number(noise_multiplier, "noise_multiplier", lambda v: v >= 0, "zero or more")
+    _number(sample_rate, "sample_rate", lambda v: 0 < v <= 1, "in (0, 1]")
+    _number(delta, "delta", lambda v: 0 < v < 1, "between 0 and 1")
     _whole(steps, "steps", 1)
     if noise_multiplier == 0:
         return math.inf
@@ -442,12 +448,17 @@ def train_privately(
     ------
     InvalidArgumentError
         If a number is impossible, or Opacus is not installed.
+    InvalidTensorError
+        If the samples are not finite floating point, or do not fit the targets or the model.
     UnsupportedLayerError
         If Opacus has no per-sample gradient for a layer.
+    UnsupportedLossError
+        If the loss is reduced neither to a mean nor to a sum.
     """  # noqa: E501
     _positive(norm, "norm")
     _positive(learning_rate, "learning_rate")
     _whole(batch_size, "batch_size", 1)
+    _batch(model, loss, inputs, targets)
     epsilon = privacy_spent(noise_multiplier, batch_size / len(inputs), steps, delta)
     student, source = copy.deepcopy(model).train(), _source(generator)
     _opacus_supports(student)
@@ -475,6 +486,24 @@ def train_privately(
     trained = copy.deepcopy(model)
     trained.load_state_dict(private._module.state_dict())
     return trained.eval(), epsilon
+
+
+def _batch(model: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    """Refuse a batch that Opacus would stumble over, or answer with NaN."""
+    if getattr(loss, "reduction", "mean") not in ("mean", "sum"):
+        raise UnsupportedLossError(f"{loss!r} is no one number: use reduction='mean' or 'sum'.")
+    _opacus_supports(copy.deepcopy(model).train())
+    observe(model, loss, inputs[:1], targets[:1])
+    checks.finite(inputs, "inputs")
+    _as_many(inputs, targets)
+
+
+def _as_many(inputs: Tensor, targets: Tensor) -> None:
+    if not 0 < len(inputs) == len(targets):
+        raise InvalidTensorError(
+            f"There are {len(inputs)} inputs and {len(targets)} targets: there must be as many of "
+            "one as of the other, one or more."
+        )
 
 
 def _private_gradient(
@@ -568,7 +597,7 @@ def with_dropout(model: nn.Sequential, rate: float) -> nn.Sequential:
     -----
     Source: Zheng (2021).
     """  # noqa: E501
-    _number(rate, "rate", 0 <= rate < 1, "in [0, 1)")
+    _number(rate, "rate", lambda v: 0 <= v < 1, "in [0, 1)")
     layers = _layers(model)
     place = _last_dense(layers)
     dropout = nn.Dropout(rate).train(model.training)
@@ -611,7 +640,7 @@ def filter_bound(
         _whole(value, name, 1)
     _whole(stride, "stride", 1)
     _whole(padding, "padding", 0)
-    _number(rate, "rate", 0 <= rate < 1, "in [0, 1)")
+    _number(rate, "rate", lambda v: 0 <= v < 1, "in [0, 1)")
     if kernel > size + 2 * padding:
         raise InvalidArgumentError(f"A kernel of {kernel} does not fit a picture of {size}.")
     positions = ((size + 2 * padding - kernel) // stride + 1) ** 2
@@ -655,6 +684,8 @@ def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: floa
     ------
     InvalidArgumentError
         If ``fraction`` is not in (0, 1].
+    InvalidTensorError
+        If the update does not belong to the model, or the input is not one finite sample.
     UnsupportedLayerError
         If the model is not sequential or has no dense layer.
 
@@ -664,12 +695,17 @@ def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: floa
     derivative over that of the feature.
     """  # noqa: E501
     _share(fraction)
+    update.check(model)
     layers = _layers(model)
     place = _last_dense(layers)
+    if len(checks.finite(inputs, "inputs")) != 1:
+        raise InvalidTensorError(
+            f"inputs has {len(inputs)} samples; Soteria defends one at a time."
+        )
     encoder = copy.deepcopy(nn.Sequential(*layers[:place])).eval()
     with torch.inference_mode(False), torch.enable_grad():
         x = inputs.detach().to(next(model.parameters()).dtype).requires_grad_()
-        r = encoder(x).flatten()
+        r = _features(encoder, x).flatten()
         unit = torch.eye(len(r), dtype=r.dtype, device=r.device)
         slopes = vmap(lambda v: torch.autograd.grad(r, x, v, retain_graph=True)[0])(unit)
     score = slopes.flatten(1).norm(dim=1) / (r.detach().abs() + 0.1)
@@ -678,6 +714,16 @@ def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: floa
     defended = update.gradients[name].clone()
     defended[:, pruned] = 0
     return replace(update, gradients={**update.gradients, name: defended})
+
+
+def _features(encoder: nn.Sequential, x: Tensor) -> Tensor:
+    try:
+        r: Tensor = encoder(x)
+    except RuntimeError as error:
+        raise InvalidTensorError(
+            f"The model does not take inputs of shape {tuple(x.shape[1:])}: {error}"
+        ) from error
+    return r
 
 
 class Bottleneck(nn.Module):
@@ -714,6 +760,8 @@ class Bottleneck(nn.Module):
         from .models import _drawn
 
         super().__init__()
+        _whole(features, "features", 1)
+        _whole(size, "size", 1)
         encode = nn.Linear(features, 2 * size, device="meta")
         decode = nn.Linear(size, features, device="meta")
         pair = _drawn(nn.Sequential(encode, decode), generator, dtype, None)
@@ -786,6 +834,7 @@ def train(
     _whole(steps, "steps", 0)
     _whole(batch_size, "batch_size", 1)
     _positive(learning_rate, "learning_rate")
+    _as_many(inputs, targets)
     source = _source(generator)
     student = copy.deepcopy(model)
     for _ in range(steps):
@@ -817,10 +866,17 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     -------
     float
         In [0, 1].
+
+    Raises
+    ------
+    InvalidTensorError
+        If there are not as many inputs as targets, or none, or a logit is NaN or infinite.
     """
+    _as_many(inputs, targets)
     judge = copy.deepcopy(model).eval()
     with torch.no_grad():
         logits = judge(inputs.to(next(judge.parameters()).dtype))
+    checks.finite(logits, "The model's output")
     return float((logits.argmax(1) == targets).double().mean())
 
 
@@ -885,6 +941,10 @@ def complete_pruned(model: nn.Sequential, update: Update, loss: nn.CrossEntropyL
     ------
     InvalidTensorError
         If the update does not belong to the model.
+    InvalidArgumentError
+        If it is of several samples or local steps, whose gradient is no single product.
+    UnsupportedLossError
+        If the loss is not cross-entropy.
     UnsupportedLayerError
         If the model is not sequential, no dense layer has sent a bias gradient, or dropout is
         at work above it.
@@ -892,6 +952,7 @@ def complete_pruned(model: nn.Sequential, update: Update, loss: nn.CrossEntropyL
         If that bias gradient is zero everywhere.
     """
     update.check(model)
+    _one_sample(update, loss)
     layers, names = _layers(model), _names(model)
     place = _lowest_dense(layers, names, update)
     x, _ = _complete(*_dense_gradients(update, names[place]))
@@ -901,6 +962,18 @@ def complete_pruned(model: nn.Sequential, update: Update, loss: nn.CrossEntropyL
     below = {n: g for n, g in update.gradients.items() if n not in known and bool((g != 0).all())}
     like = {n: known[n].to(g.dtype) for n, g in update.gradients.items() if n in known}
     return replace(update, gradients={**below, **like})
+
+
+def _one_sample(update: Update, loss: nn.Module) -> None:
+    if update.samples != 1 or update.local_steps != 1:
+        raise InvalidArgumentError(
+            f"The update is of {update.samples} samples and {update.local_steps} local steps; what "
+            "was pruned can be completed for one sample and one step."
+        )
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        raise UnsupportedLossError(
+            f"The label is read for CrossEntropyLoss, not for {type(loss).__name__}."
+        )
 
 
 def _dense_gradients(update: Update, name: str) -> tuple[Tensor, Tensor]:
@@ -1019,11 +1092,19 @@ def _fitted(G: Tensor, M: Tensor, k: Tensor) -> Tensor:
 # --- small parts --------------------------------------------------------------------------
 
 
+def _gradients(update: Update) -> dict[str, Tensor]:
+    if not isinstance(update, Update):
+        raise InvalidTensorError(
+            f"A defense takes an Update, as from observe(), got {type(update).__name__}."
+        )
+    return update.gradients
+
+
 def _each(update: Update, change: Callable[[Tensor], Tensor]) -> Update:
     """Change every tensor in float64 and give it back in its own dtype."""
     gradients = {
         name: change(checks.finite(g, f"The gradient of {name}")).to(g.dtype)
-        for name, g in update.gradients.items()
+        for name, g in _gradients(update).items()
     }
     return replace(update, gradients=gradients)
 
@@ -1032,7 +1113,7 @@ def _norm(update: Update) -> float:
     return math.sqrt(
         sum(
             float(checks.finite(g, f"The gradient of {n}").square().sum())
-            for n, g in update.gradients.items()
+            for n, g in _gradients(update).items()
         )
     )
 
@@ -1088,17 +1169,18 @@ def _source(generator: torch.Generator | None) -> torch.Generator:
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
-def _number(value: float, name: str, possible: bool, which: str) -> None:
-    if isinstance(value, bool) or not math.isfinite(value) or not possible:
+def _number(value: float, name: str, possible: Callable[[float], bool], which: str) -> None:
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or not possible(value):
         raise InvalidArgumentError(f"{name} must be {which}, got {value!r}.")
 
 
 def _positive(value: float, name: str) -> None:
-    _number(value, name, value > 0, "a positive number")
+    _number(value, name, lambda v: v > 0, "a positive number")
 
 
 def _share(fraction: float) -> None:
-    _number(fraction, "fraction", 0 < fraction <= 1, "the share that is kept, in (0, 1]")
+    _number(fraction, "fraction", lambda v: 0 < v <= 1, "the share that is kept, in (0, 1]")
 
 
 def _whole(value: int, name: str, least: int) -> None:

@@ -22,6 +22,7 @@ from .errors import (
 
 POWER_STEPS = 30
 SETTLED = 2e-15  # change of a singular vector of length one: rounding alone
+EXTREME = 1e-200  # squares of entries are left room over the smallest number
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,17 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
         checks.shaped(weight_gradient, "weight_gradient", (None, None)), "weight_gradient"
     )
     u, value, v = _leading_triple(G)
-    rest = float((G - value * torch.outer(u, v)).norm() / G.norm())
+    rest = float(torch.addr(G, u, v, alpha=-value).norm() / G.norm())
     return RankOne(u, value, v, rest)
 
 
 def _leading_triple(G: Tensor) -> tuple[Tensor, float, Tensor]:
     """Power iteration settles at once where the rank is nearly one; elsewhere the SVD decides."""
-    size = float(G.abs().max())
-    scaled = G / size  # squares of tiny entries would vanish
+    size = max(abs(float(end)) for end in torch.aminmax(G))
+    if EXTREME < size * size < 1 / EXTREME:
+        size, scaled = 1.0, G
+    else:  # squares of tiny entries would vanish
+        scaled = G / size
     v = scaled[int(scaled.norm(dim=1).argmax())]
     v = v / v.norm()
     for _ in range(POWER_STEPS):
@@ -226,11 +230,15 @@ def isolated_samples(
     ------
     InvalidTensorError, VanishingGradientError, UndeterminedScaleError
         As :func:`recover_batch`.
+    InvalidArgumentError
+        If the tolerance is negative or NaN.
     InconsistentGradientError
         If there are more groups of equal rows than the gradient's rank has room for: some are
         mixtures.
     """
     G, b = _pair(weight_gradient, bias_gradient)
+    if tolerance is not None and not tolerance >= 0:
+        raise InvalidArgumentError(f"tolerance is zero or more; got {tolerance!r}.")
     eps = sparse.rounding(G)
     groups = _groups(G, b, 1e3 * eps if tolerance is None else tolerance)
     found = [Isolated(G[r[0]] / b[r[0]], r) for r in groups]
@@ -295,7 +303,7 @@ def expected_isolated(rows: int, batch_size: int, active: float) -> float:
     """
     _positive(rows, "rows")
     _positive(batch_size, "batch_size")
-    if not 0 <= active <= 1:
+    if not isinstance(active, int | float) or not 0 <= active <= 1:
         raise InvalidArgumentError(f"active is a probability, from 0 to 1; got {active!r}.")
     return rows * batch_size * active * (1 - active) ** (batch_size - 1)
 
@@ -334,7 +342,7 @@ def count_labels(
     Raises
     ------
     InvalidTensorError
-        If a shape is wrong or a tensor is not finite floating point.
+        If a shape is wrong, a tensor is not finite floating point, or probabilities are negative.
     InvalidArgumentError
         If the batch size is not a positive whole number.
     InconsistentGradientError
@@ -348,7 +356,7 @@ def count_labels(
     """
     b = checks.shaped(bias_gradient, "bias_gradient", (None,))
     _positive(batch_size, "batch_size")
-    exact = probabilities is not None and probabilities.dim() == 2
+    exact = isinstance(probabilities, Tensor) and probabilities.dim() == 2
     counts = _predicted(probabilities, batch_size, b) - batch_size * b
     rounded = _apportioned(counts.clamp_min(0), batch_size)
     if exact and float((counts - rounded).abs().max()) > 0.1:
@@ -363,11 +371,13 @@ def _predicted(probabilities: Tensor | None, batch_size: int, b: Tensor) -> Tens
     """``Σ_n p_n``, ``(C,)``."""
     if probabilities is None:
         return torch.full_like(b, batch_size / len(b))
-    if probabilities.dim() == 2:
-        p = checks.shaped(probabilities, "probabilities", (batch_size, len(b)))
-        return p.sum(dim=0).to(b.device)
-    p = checks.shaped(probabilities, "probabilities", (len(b),)).to(b.device)
-    return batch_size * p / p.sum()
+    p = checks.finite(probabilities, "probabilities").to(b.device)
+    p = checks.shaped(p, "probabilities", (batch_size, len(b)) if p.dim() == 2 else (len(b),))
+    if bool((p < 0).any()) or not bool(p.sum(dim=-1).all()):
+        raise InvalidTensorError(
+            "probabilities are negative, or zero for every class: give the softmax of the logits."
+        )
+    return p.sum(dim=0) if p.dim() == 2 else batch_size * p / p.sum()
 
 
 def _apportioned(counts: Tensor, total: int) -> Tensor:
@@ -409,8 +419,9 @@ def recover_batch(
     weight, bias : Tensor, optional
         The layer's own ``(m, n)`` and ``(m,)`` when the gradient was taken. With them an answer
         is accepted only if it passes :func:`forward_agreement`, and the search ends as soon as
-        it does. Without them, and with more samples than outputs of the next layer, other
-        directions may be as sparse, and the answer be one of those.
+        it does; leave them out for several local steps, which switch units. Without them, and
+        with more samples than outputs of the next layer, mixtures may be as sparse: an answer
+        whose zeros are few, or avoid each other, is refused.
     method : {"descent", "sampling"}
         How sparse directions are looked for: by descent, or by SPEAR's draws, whose number grows
         as :math:`2^N`.
@@ -433,11 +444,13 @@ def recover_batch(
     UndeterminedScaleError
         If ``bias_gradient`` is ``None``.
     InvalidArgumentError
-        If the batch size is more than min(m, n + 1), or the budget is no positive number.
+        If the batch size is more than min(m, n + 1), the budget is no positive number, or
+        ``bias`` is given without ``weight``.
     InconsistentGradientError
         If the gradient's rank is not the batch size.
     NotRecoveredError
-        If the search ended without all samples; the message says how far it got.
+        If the search ended without all samples, or what it found may be mixtures; the message
+        says how far it got.
 
     Notes
     -----
@@ -445,6 +458,8 @@ def recover_batch(
     witness and the test for ambiguity are this project's.
     """
     G, b = _pair(weight_gradient, bias_gradient)
+    if bias is not None and weight is None:
+        raise InvalidArgumentError("bias is of no use without weight: give both, or neither.")
     eps = max(sparse.rounding(G), sparse.rounding(b))
     scale = G.norm() / b.norm()  # so that neither part drowns the other
     whole = torch.cat([G, (scale * b)[:, None]], dim=1)

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -175,8 +176,8 @@ def match_gradients(
     Raises
     ------
     InvalidTensorError
-        If the update does not belong to the model, or a mask, start or target has the wrong shape
-        or type.
+        If the update does not belong to the model, or a mask, start, target or ``input_shape``
+        has the wrong shape or type.
     InvalidArgumentError
         If a number cannot be, labels are needed and cannot be recovered, or masks are to be
         guessed over several local steps or where there is no dropout.
@@ -198,6 +199,10 @@ def match_gradients(
     (3, True)
     """
     began = time.perf_counter()
+    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+        raise InvalidArgumentError(
+            f"input_shape is a tuple such as (3, 32, 32); got {input_shape!r}."
+        )
     plan = _plan(method, total_variation, learning_rate, patience, input_shape)
     _whole(steps, "steps")
     _whole(restarts, "restarts")
@@ -205,7 +210,8 @@ def match_gradients(
     source = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.inference_mode(False), torch.enable_grad():
         attacker = _attacker(model, update, loss, simulate, guess_masks, known, plan, input_shape)
-        limit = (10 * torch.finfo(attacker.dtype).eps) ** 2 if tolerance is None else tolerance
+        roundings = (10 * torch.finfo(attacker.dtype).eps) ** 2
+        limit = _number(tolerance, "tolerance", roundings, lambda v: v >= 0)
         search = _Search(attacker, plan, steps, limit, line_search, progress)
         labels = None if plan.guess_labels and targets is None else attacker.labels(model, targets)
         runs = _runs(search, labels, start, restarts, source)
@@ -287,6 +293,10 @@ def recover_labels(
 
     Raises
     ------
+    InvalidTensorError
+        If the update does not belong to the model, or the model takes no inputs of this shape.
+    VanishingGradientError
+        If the gradient of the last dense layer is zero everywhere.
     UnsupportedLayerError
         If the gradient of a dense layer was not sent.
     InvalidArgumentError
@@ -296,9 +306,11 @@ def recover_labels(
     -----
     Sources: Zhao et al. (2020), Wainakh et al. (2022).
     """
+    update.check(model)
     name, layer = _classifier(model, update)
     bias = update.gradients.get(f"{name}bias")
     weight = update.gradients[f"{name}weight"]
+    checks.not_all_zero(weight if bias is None else bias, "The classifier's gradient")
     one = update.samples == 1 and update.local_steps == 1 and update.optimizer == "sgd"
     if one:
         try:
@@ -321,7 +333,9 @@ def _probabilities(model: nn.Module, input_shape: tuple[int, ...], pictures: int
     weight = next(own.parameters())
     noise = _uniform((pictures, *input_shape), torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():
-        expected: Tensor = own(noise).double().softmax(dim=-1).mean(dim=0)
+        with _fitting(noise):
+            output = own(noise)
+        expected: Tensor = output.double().softmax(dim=-1).mean(dim=0)
     return expected
 
 
@@ -390,8 +404,9 @@ class _Client:
 
     def gradient(self, theta: Gradients, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
-        output = functional_call(self.model, {**theta, **self.frozen, **buffers}, (x,))
-        value = self.loss(output, y)
+        with _fitting(x, y):
+            output = functional_call(self.model, {**theta, **self.frozen, **buffers}, (x,))
+            value = self.loss(output, y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise UnsupportedLossError(
                 "The loss must be one number: use reduction='mean' or 'sum'."
@@ -425,6 +440,20 @@ class _Client:
         size = min(self.update.batch_size or len(x), len(x))
         places = (torch.arange(size, device=x.device) + step * size) % len(x)
         return x[places], y[places]
+
+
+@contextmanager
+def _fitting(x: Tensor, y: Tensor | None = None) -> Iterator[None]:
+    """Say in shapes what torch says of a product of matrices."""
+    try:
+        yield
+    except (GradientInversionError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        given = f"inputs {tuple(x.shape)}"
+        if y is not None:
+            given += f" and targets {tuple(y.shape)}, {y.dtype},"
+        raise InvalidTensorError(f"Model and loss do not take {given}: {error}") from error
 
 
 def _momentum(
@@ -592,19 +621,13 @@ def _plan(
     if method not in METHODS:
         raise UnknownNameError(f"No method {method!r}; there are {', '.join(METHODS)}.")
     plan = METHODS[method]
-    picture = len(shape) == 3
-    alpha = plan.total_variation if total_variation is None else total_variation
+    picture = len(shape) == 3 and min(shape[1:]) > 1  # a column has no neighbours
     if total_variation and not picture:
         raise InvalidArgumentError(
             f"total_variation is for pictures (C, H, W); input_shape is {tuple(shape)}."
         )
-    rate = plan.rate if learning_rate is None else learning_rate
-    for value, name, fits in (
-        (alpha, "total_variation", alpha >= 0),
-        (rate, "learning_rate", rate > 0),
-    ):
-        if not fits or not math.isfinite(value):
-            raise InvalidArgumentError(f"{name} is {value}; it must be positive and finite.")
+    alpha = _number(total_variation, "total_variation", plan.total_variation, lambda v: v >= 0)
+    rate = _number(learning_rate, "learning_rate", plan.rate, lambda v: v > 0)
     if patience is not None:
         _whole(patience, "patience")
     return replace(
@@ -613,6 +636,14 @@ def _plan(
         rate=rate,
         patience=plan.patience if patience is None else patience,
     )
+
+
+def _number(value: float | None, name: str, default: float, fits: Callable[[float], bool]) -> float:
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
+        raise InvalidArgumentError(f"{name} is {value!r}; it must be positive and finite.")
+    return value
 
 
 def _whole(value: int, name: str) -> None:
@@ -835,7 +866,8 @@ def _guesses(
     with torch.no_grad():
         for mask in attacker.masks.values():
             mask.guess = torch.empty(0)
-        output = attacker.client.model(x)
+        with _fitting(x):
+            output = attacker.client.model(x)
     for hook in hooks:
         hook.remove()
     for name, mask in attacker.masks.items():

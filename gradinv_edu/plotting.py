@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from . import checks
-from .errors import InvalidTensorError
+from .errors import InvalidArgumentError, InvalidTensorError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,8 @@ def compare(
     truth : Tensor, (N, C, H, W), (C, H, W) or (H, W), or a sequence of such
         In [0, 1], one or three channels.
     recovered : Tensor or sequence
-        As ``truth``; a flat recovery takes the truth's shape. Clipped to [0, 1] to be shown.
+        As ``truth``; a flat recovery, or one in a list, takes its truth's shape. Clipped to
+        [0, 1] to be shown.
     titles : sequence of str
         Of the three columns.
     gain : float or "auto"
@@ -97,7 +98,7 @@ def compare(
     ------
     InvalidTensorError
         If the pictures do not pair up, are not pictures, or hold NaN or infinite entries.
-    ValueError
+    InvalidArgumentError
         If there are not three titles or the gain is not positive.
     """
     truths = _pictures(truth, "truth")
@@ -105,7 +106,9 @@ def compare(
     differences = [b - a for a, b in zip(truths, answers, strict=True)]
     factor = _gain(differences, gain)
     if len(titles) != 3:
-        raise ValueError(f"titles are three, for truth, recovery and difference; got {titles!r}.")
+        raise InvalidArgumentError(
+            f"titles are three, for truth, recovery and difference; got {titles!r}."
+        )
     grey = [0.5 + factor * d / 2 for d in differences]
     heads = [titles[0], titles[1], _difference_title(titles[2], factor, differences)]
     rows = list(zip(truths, answers, grey, strict=True))
@@ -137,14 +140,14 @@ def gallery(
     ------
     InvalidTensorError
         If something is not a picture or holds NaN or infinite entries.
-    ValueError
+    InvalidArgumentError
         If there are not as many titles as pictures, or ``columns`` is not positive.
     """
     shown = _pictures(pictures, "pictures")
     if titles is not None and len(titles) != len(shown):
-        raise ValueError(f"{len(shown)} pictures need as many titles, got {len(titles)}.")
+        raise InvalidArgumentError(f"{len(shown)} pictures need as many titles, got {len(titles)}.")
     if columns is not None and columns < 1:
-        raise ValueError(f"columns must be one or more, got {columns}.")
+        raise InvalidArgumentError(f"columns must be one or more, got {columns}.")
     return _grid(shown, list(titles or []), min(columns or 6, len(shown)))
 
 
@@ -264,8 +267,13 @@ def _panel(axes: Axes, picture: Pixels | None) -> None:
 
 def _pictures(pictures: Tensor | Sequence[Tensor], name: str) -> list[Pixels]:
     if isinstance(pictures, Tensor):
-        return [_pixels(p, name) for p in (pictures if pictures.dim() == 4 else [pictures])]
-    shown = [p for entry in pictures for p in _pictures(entry, name)]
+        shown = [_pixels(p, name) for p in (pictures if pictures.dim() == 4 else [pictures])]
+    elif isinstance(pictures, Sequence) and not isinstance(pictures, str):
+        shown = [p for entry in pictures for p in _pictures(entry, name)]
+    else:
+        raise InvalidTensorError(
+            f"{name} must be a torch.Tensor or a sequence of them, got {type(pictures).__name__}."
+        )
     if not shown:
         raise InvalidTensorError(f"{name} holds no picture.")
     return shown
@@ -278,23 +286,35 @@ def _pixels(picture: Tensor, name: str) -> Pixels:
         values = values.unsqueeze(0)
     if values.dim() != 3 or values.shape[0] not in (1, 3):
         raise InvalidTensorError(
-            f"{name} has shape {tuple(picture.shape)}; a picture is (H, W), (1, H, W) or (3, H, W)."
+            f"{name} has shape {tuple(picture.shape)}; a picture is (H, W), (1, H, W) or (3, H, "
+            "W): reshape it first, as by .reshape(1, height, width)."
         )
     pixels: Pixels = values.permute(1, 2, 0).squeeze(-1).numpy()
     return pixels
 
 
 def _answers(recovered: Tensor | Sequence[Tensor], truths: list[Pixels]) -> list[Pixels]:
-    if isinstance(recovered, Tensor) and recovered.numel() == sum(t.size for t in truths):
-        answers = _shared_out(recovered.detach().flatten(), truths)
-    else:
-        answers = _pictures(recovered, "recovered")
+    answers = _reshaped(recovered, truths) or _pictures(recovered, "recovered")
     if [a.shape for a in answers] != [t.shape for t in truths]:
         raise InvalidTensorError(
             f"recovered has {len(answers)} pictures {[a.shape for a in answers]}, "
             f"truth {len(truths)} of {[t.shape for t in truths]}: they must pair up."
         )
     return answers
+
+
+def _reshaped(recovered: Tensor | Sequence[Tensor], truths: list[Pixels]) -> list[Pixels] | None:
+    """Flat recoveries in the truths' shapes; ``None`` where these are no flat ones of this size."""
+    if isinstance(recovered, Tensor):
+        flat = recovered.dim() < 2 or len(recovered) in (1, len(truths))
+        if recovered.dim() > 2 or not flat or recovered.numel() != sum(t.size for t in truths):
+            return None
+        return _shared_out(recovered.detach().flatten(), truths)
+    if not isinstance(recovered, Sequence) or len(recovered) != len(truths):
+        return None
+    found = [_reshaped(r, [t]) for r, t in zip(recovered, truths, strict=True)]
+    alone = [f[0] for f in found if f is not None]
+    return alone if len(alone) == len(truths) else None
 
 
 def _shared_out(flat: Tensor, truths: list[Pixels]) -> list[Pixels]:
@@ -313,7 +333,7 @@ def _gain(differences: Sequence[Pixels], gain: Gain) -> float:
         exponent = min(300, math.floor(-math.log10(typical))) if typical else 0
         return 10.0 ** max(0, exponent)
     if isinstance(gain, str) or not (math.isfinite(gain) and gain > 0):
-        raise ValueError(f'gain is a positive number or "auto", got {gain!r}.')
+        raise InvalidArgumentError(f'gain is a positive number or "auto", got {gain!r}.')
     return float(gain)
 
 

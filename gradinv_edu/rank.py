@@ -20,7 +20,12 @@ from torch.func import functional_call, grad, jvp, vmap
 from . import checks, joint
 from .activations import NORMS, is_elementwise, undo
 from .chain import POOLS, RESHAPES, WEIGHTED, Residual, Step, trace
-from .errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
+from .errors import (
+    InvalidArgumentError,
+    InvalidTensorError,
+    UnsupportedLayerError,
+    UnsupportedLossError,
+)
 from .krylov import cgls, open_share
 from .residual import Linearised, ResidualSystem, refuse_random
 from .systems import DENSE_UNKNOWNS, RANK_TOLERANCE, LayerSystem, ScaledSystem
@@ -720,7 +725,7 @@ def audit(
     UnsupportedLayerError
         If the model cannot be traced or has no dense or convolutional layer.
     InvalidTensorError
-        If the model does not take inputs of this shape.
+        If the model does not take inputs of this shape, or a parameter is NaN or infinite.
     InvalidArgumentError
         If ``input_shape`` is not a tuple of positive whole numbers.
 
@@ -732,6 +737,7 @@ def audit(
     (:attr:`Audit.weighted_index`).
     """
     shape = _shape(input_shape)
+    _usable(model)
     generator = generator or torch.Generator().manual_seed(20200913)
     with _own_randomness():
         x = _sample(shape, inputs, generator)
@@ -746,13 +752,29 @@ def audit(
 
 
 def _shape(input_shape: Shape) -> Shape:
-    shape = tuple(input_shape)
-    if not shape or not all(isinstance(s, int) and s > 0 for s in shape):
+    listed = isinstance(input_shape, Sequence) and len(input_shape) > 0
+    if not listed or not all(type(s) is int and s > 0 for s in input_shape):
         raise InvalidArgumentError(
             f"input_shape is the shape of one sample, positive whole numbers such as (3, 32, 32); "
             f"got {input_shape!r}."
         )
-    return shape
+    return tuple(input_shape)
+
+
+def _usable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedLayerError(
+            f"The model is a {type(model).__name__}, not a torch.nn.Module."
+        )
+    if isinstance(model, nn.Sequential) and len(model) == 0:
+        raise UnsupportedLayerError("The model has no layer.")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UnsupportedLayerError(
+                f"{name} is not initialised yet: call the model once, so that it takes shape."
+            )
+        if not bool(torch.isfinite(p).all()):
+            raise InvalidTensorError(f"The parameter {name} has NaN or infinite entries.")
 
 
 @contextmanager
@@ -1412,11 +1434,15 @@ def jacobian_rank(
     Raises
     ------
     InvalidTensorError
-        If the model does not take inputs of this shape.
+        If the model does not take inputs of this shape, the loss not these targets, or a parameter
+        is NaN or infinite.
+    UnsupportedLossError
+        If the loss is not one number.
     UnsupportedLayerError
         If it has no parameters, or an operation without derivatives of second order.
     """
     shape = _shape(input_shape)
+    _usable(model)
     generator = generator or torch.Generator().manual_seed(20200913)
     with _own_randomness():
         x = _sample(shape, inputs, generator)
@@ -1450,7 +1476,9 @@ class _Gradient:
         self.generator = generator
         self.x = x.to(next(iter(self.weights.values())).device)
         self.parameters = sum(p.numel() for p in self.weights.values())
-        self.loss, self.targets = _loss(self._output(), loss, targets, generator)
+        output = self._output()
+        self.loss, self.targets = _loss(output, loss, targets, generator)
+        _check_loss(self.loss, output, self.targets)
         self.scale = self._scale()
         self.written = self.parameters * self.x.numel() <= ENTRIES
 
@@ -1533,12 +1561,40 @@ def _loss(
     outputs = output.shape[-1]
     single = output.numel() == 1
     chosen = loss or (nn.BCEWithLogitsLoss() if single else nn.CrossEntropyLoss())
+    if type(chosen) is nn.MSELoss and chosen.reduction in ("mean", "sum"):
+        chosen = _SquaredError(chosen.reduction)
     if targets is not None:
         return chosen, targets.to(output.device)
     if isinstance(chosen, nn.CrossEntropyLoss):
         label = torch.randint(outputs, (1,), generator=generator)
         return chosen, label.to(output.device)
     return chosen, (_draw(output, generator) > 0).to(output.dtype)
+
+
+def _check_loss(loss: nn.Module, output: Tensor, targets: Tensor) -> None:
+    try:
+        value = loss(output, targets)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InvalidTensorError(
+            f"The loss does not take outputs {tuple(output.shape)} with targets "
+            f"{tuple(targets.shape)}, {targets.dtype}: {error}"
+        ) from None
+    if value.dim():
+        raise UnsupportedLossError(
+            f"The loss gives {tuple(value.shape)}, not one number: use reduction='mean' or 'sum'."
+        )
+
+
+class _SquaredError(nn.Module):
+    """``nn.MSELoss`` in operations whose forward-mode rules torch has."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        square = (output - targets).square()
+        return square.sum() if self.reduction == "sum" else square.mean()
 
 
 def _jacobian_if_any(
@@ -1602,9 +1658,10 @@ def leak_map(
     InvalidArgumentError
         If ``probes`` is less than 1.
     """
-    if probes < 1:
-        raise InvalidArgumentError(f"probes is a positive number, got {probes}.")
+    if type(probes) is not int or probes < 1:
+        raise InvalidArgumentError(f"probes is a positive number, got {probes!r}.")
     shape = _shape(input_shape)
+    _usable(model)
     generator = generator or torch.Generator().manual_seed(20200913)
     with _own_randomness():
         x = _sample(shape, inputs, generator)

@@ -13,7 +13,7 @@ from torch.func import vjp
 
 from . import batches, fully_connected, joint, kinks, residual
 from . import polish as polishing
-from .activations import NORMS, undo
+from .activations import NORMS, clamp_to_range, undo
 from .chain import Residual, Step, trace
 from .errors import (
     GradientInversionError,
@@ -577,6 +577,8 @@ def _reshape(state: _State, step: Step) -> _State:
 def _undo(walk: _Walk, state: _State, step: Step) -> _State:
     known = torch.ones_like(state.value) if state.weight is None else state.weight
     somewhere = torch.where(known > 0, state.value, _inside(step.module))
+    if not all(r.full_rank for r in walk.reports):  # a least-norm answer may lie outside the range
+        somewhere = clamp_to_range(step.module, somewhere)
     undone = undo(step.module, step.name, somewhere, state.noise)
     both = known * undone.known
     if isinstance(step.module, nn.modules.dropout._DropoutNd) and step.module.training:

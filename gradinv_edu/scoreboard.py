@@ -162,6 +162,9 @@ NETS = {
 }
 
 
+DATA = ("digits", "cifar10")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a results file was made with; files of other settings are not mixed.
@@ -191,8 +194,8 @@ class Settings:
     steps: int = 100
 
     def __post_init__(self) -> None:
-        if self.data not in ("digits", "cifar10"):
-            raise UnknownNameError(f"No data {self.data!r}; there are digits, cifar10.")
+        if self.data not in DATA:
+            raise UnknownNameError(f"No data {self.data!r}; there are {', '.join(DATA)}.")
         for name, least in (("pictures", 1), ("seeds", 1), ("steps", 20)):
             _whole(getattr(self, name), name, least)
 
@@ -240,7 +243,11 @@ def load_data(name: str = "digits", root: str | None = None) -> Data:
     ------
     FileNotFoundError
         If CIFAR-10 is not in ``root``.
+    UnknownNameError
+        If there is no such data.
     """
+    if name not in DATA:
+        raise UnknownNameError(f"No data {name!r}; there are {', '.join(DATA)}.")
     x, y = data.digits() if name == "digits" else data.cifar10(root or "data", indices=range(6000))
     order = torch.randperm(len(x), generator=_seeded(0))
     x, y = x[order], y[order]
@@ -1042,14 +1049,23 @@ def load(file: str | Path = FILE, settings: Settings | None = None) -> dict[str,
                 "seeds": SEEDS, "baselines": {}, "cells": {}}  # fmt: skip
     try:
         board: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(board["cells"], dict) and board["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
+        parts = [board[n] for n in ("cells", "settings", "versions", "baselines")]
+        current = board["format"] == FORMAT and isinstance(board["seeds"], str)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResultsFileError(f"{path} is no results file of this program: {error!r}.") from error
-    if not whole:
+    if not current or not all(isinstance(p, dict) for p in parts):
         raise ResultsFileError(f"{path} has another format than {FORMAT}; move it away.")
+    _whole_cells(path, board["cells"])
     if settings is not None:
         _same(path, board, settings)
     return board
+
+
+def _whole_cells(path: Path, cells: dict[str, Any]) -> None:
+    for name, cell in cells.items():
+        kind = "accuracy" if name.endswith(f"/{PRICE}") else "psnr"
+        if not isinstance(cell, dict) or not {kind, "does_not_apply"} & set(cell):
+            raise ResultsFileError(f"{path} is damaged: its cell {name!r} holds no {kind}.")
 
 
 SEEDS = (
@@ -1058,7 +1074,8 @@ SEEDS = (
 
 
 def _same(path: Path, board: dict[str, Any], settings: Settings) -> None:
-    current = {"settings": asdict(settings), "versions": versions()}
+    current = {"settings": asdict(settings), "versions": versions(), "seeds": {"seeds": SEEDS}}
+    board = {**board, "seeds": {"seeds": board["seeds"]}}
     for part, now in current.items():
         then = board.get(part, {})
         differing = [n for n in now if n != "python" and then.get(n) != now[n]]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .errors import (
+    GradientInversionError,
     InvalidTensorError,
     UnknownNameError,
     UnsupportedLossError,
@@ -231,7 +232,8 @@ def observe(
         If there is no such optimiser.
     InvalidTensorError
         If the samples are not floating-point, hold NaN or infinite entries, are not as many as
-        the targets; if the gradient is not finite; if the model has nothing to train.
+        the targets, do not fit model or loss; if the gradient is not finite; if the model has
+        nothing to train.
     UnsupportedLossError
         If the loss is not one number that depends on the model.
 
@@ -471,7 +473,7 @@ class _Rule:
 def _gradient(
     model: nn.Module, loss: Loss, weights: list[nn.Parameter], x: Tensor, y: Tensor
 ) -> list[Tensor]:
-    value = loss(model(x), y)
+    value = _value(model, loss, x, y)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise UnsupportedLossError(
@@ -481,6 +483,18 @@ def _gradient(
     return list(
         torch.autograd.grad(value.sum(), weights, allow_unused=True, materialize_grads=True)
     )
+
+
+def _value(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> object:
+    try:
+        return loss(model(x), y)
+    except (GradientInversionError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InvalidTensorError(
+            f"Model and loss do not take inputs {tuple(x.shape)} with targets {tuple(y.shape)}, "
+            f"{y.dtype}: {error}"
+        ) from error
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

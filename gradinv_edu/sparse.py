@@ -478,6 +478,13 @@ class _Search:
                 "mix two samples in one proportion, as under a network with a single output, and "
                 "sparsity cannot tell the samples apart."
             )
+        if self.rows.scarce(self.found) or self.rows.exclusive(self.found):
+            raise NotRecoveredError(
+                f"Found {self.wanted} of {self.wanted} sparse directions in {self.spent} "
+                f"{_UNITS[self.method]}, but they need not be the samples': most units are on, so "
+                "that zeros are few, or shared by mixtures, as with more samples than outputs "
+                "above. Give the layer's weight and bias, which tell."
+            )
 
     def basis(self) -> Basis:
         zero = self.rows.zeros(self.found)
@@ -504,7 +511,7 @@ class _Rows:
 
     def __init__(self, parts: Split) -> None:
         self.left, self.total = parts.left[parts.living], len(parts.left)
-        m = len(self.left)
+        m, self.eps = len(self.left), parts.eps
         self.products = _products(self.left)
         self.values, self.least = parts.values, max(1e-9, 1e-2 * parts.eps) / m**0.5
         self.ratio_noise = max(1e-8, 100 * parts.eps)
@@ -553,6 +560,24 @@ class _Rows:
     def proportional(self, q: Tensor) -> bool:
         """Whether two vectors ``L q`` keep one ratio through many rows."""
         return bool(self._repeats(q, max(_FEW, round(0.04 * len(self.left)))))
+
+    def scarce(self, q: Tensor) -> bool:
+        """Whether a direction has hardly more zeros than chance leaves under this rounding."""
+        N = self.left.shape[1]
+        least = 2 * N if self.eps > 1e-12 else N + 1
+        return bool((self.zeros(q).sum(dim=1) < least).any())
+
+    def exclusive(self, q: Tensor) -> bool:
+        """Whether two avoid each other's zeros, as do a sample and a mixture of which it is part.
+
+        A mixture that cancels wherever all of its samples are on is not zero where one is off.
+        """
+        zero = self.zeros(q).double()
+        share = zero.mean(dim=1)
+        both, expected = zero @ zero.T / len(zero.T), torch.outer(share, share)
+        spread = (expected * torch.outer(1 - share, 1 - share) / len(zero.T)).sqrt()
+        apart = (both < expected / 2) & (both < expected - 4 * spread)
+        return len(q) > 2 and bool(apart.fill_diagonal_(False).any())
 
     def _repeats(self, q: Tensor, rows: int) -> list[tuple[int, int, float]]:
         """Pairs i, j and the ratio of ``L q_i`` to ``L q_j`` that occurs in so many rows."""

@@ -20,6 +20,7 @@ from gradinv_edu.errors import (
     InvalidArgumentError,
     InvalidTensorError,
     UnsupportedLayerError,
+    UnsupportedLossError,
     VanishingGradientError,
 )
 
@@ -546,3 +547,89 @@ def test_a_slice_of_the_design_data_comes_out_again(name: str) -> None:
         assert one["exact"] == other["exact"]
         assert one["exact"] or abs(one["prior"] - other["prior"]) < 0.2
     assert [t["exact"] for t in again["last"]] == [t["exact"] for t in before["last"]]
+
+
+# --- what would be answered wrongly ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True])
+def test_parameters_that_are_no_numbers_are_refused_by_name(value: object) -> None:
+    update = Update({"0.weight": torch.ones(2, 3)})
+    for call, name in (
+        (d.clip, "norm"),
+        (d.add_noise, "sigma"),
+        (d.keep_largest, "fraction"),
+        (d.keep_random, "fraction"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"{name} must be"):
+            call(update, value)  # type: ignore[operator]
+    with pytest.raises(InvalidArgumentError, match="noise_multiplier must be"):
+        d.privacy_spent(value, 0.1, 1)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="size must be a whole number"):
+        d.Bottleneck(4, 0)
+
+
+def test_a_pruned_batch_is_not_completed_as_if_it_were_one_sample() -> None:
+    model = gi.models.mlp([64, 40, 10], "tanh")
+    x, y = gi.data.digits(range(4))
+    batch = d.keep_largest(gi.observe(model, LOSS, x, y), 0.5)
+    with pytest.raises(InvalidArgumentError, match="of 4 samples and 1 local steps"):
+        d.complete_pruned(model, batch, LOSS)
+    steps = gi.observe(model, LOSS, x[:1], y[:1], local_steps=3, learning_rate=0.1)
+    with pytest.raises(InvalidArgumentError, match="of 1 samples and 3 local steps"):
+        d.complete_pruned(model, d.keep_largest(steps, 0.5), LOSS)
+    one = gi.observe(model, LOSS, x[:1], y[:1])
+    with pytest.raises(UnsupportedLossError, match="not for MSELoss"):
+        d.complete_pruned(model, one, nn.MSELoss())  # type: ignore[arg-type]
+
+
+def test_soteria_defends_one_sample_of_its_own_model() -> None:
+    model, x, update = small()
+    with pytest.raises(InvalidTensorError, match="has shape"):
+        d.soteria(gi.models.mlp([64, 30, 10], dtype=torch.float64), update, x, 0.5)
+    with pytest.raises(InvalidTensorError, match="inputs has 2 samples"):
+        d.soteria(model, update, torch.cat([x, x]), 0.5)
+    with pytest.raises(InvalidTensorError, match="64 NaN"):
+        d.soteria(model, update, x * math.nan, 0.5)
+    with pytest.raises(InvalidTensorError, match=r"does not take inputs of shape \(1, 8, 7\)"):
+        d.soteria(model, update, x[..., :7], 0.5)
+
+
+@pytest.mark.parametrize("defense", [*EVERY.values(), d.half])
+def test_what_is_no_update_is_refused(defense: d.Defense) -> None:
+    with pytest.raises(InvalidTensorError, match=r"takes an Update, .* got dict"):
+        defense({"0.weight": torch.ones(2)})  # type: ignore[arg-type]
+
+
+def test_a_private_gradient_is_of_finite_samples_that_fit() -> None:
+    model, (x, y) = gi.models.mlp((64, 10)), gi.data.digits(range(4))
+
+    def private(x: Tensor, y: Tensor, loss: nn.Module = LOSS, model: nn.Module = model) -> object:
+        return d.dp_sgd(model, loss, x, y, noise_multiplier=1.0)
+
+    spoiled = x.clone()
+    spoiled[3] = math.nan
+    with pytest.raises(InvalidTensorError, match="inputs has 64 NaN"):
+        private(spoiled, y)
+    with pytest.raises(InvalidTensorError, match="4 inputs and 2 targets"):
+        private(x, y[:2])
+    with pytest.raises(InvalidTensorError, match="do not take inputs"):
+        private(x[..., :7], y)
+    with pytest.raises(InvalidTensorError, match="first dimensions must both"):
+        private(x[:0], y[:0])
+    with pytest.raises(UnsupportedLossError, match="use reduction"):
+        private(x, y, nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(InvalidTensorError, match="inputs has 64 NaN"):
+        d.train_privately(model, LOSS, spoiled, y, noise_multiplier=1.0, steps=1, batch_size=2)
+
+
+def test_an_accuracy_is_of_numbers_and_of_labels_for_each() -> None:
+    model, (x, y) = gi.models.mlp((64, 10)), gi.data.digits(range(4))
+    with pytest.raises(InvalidTensorError, match="4 inputs and 2 targets"):
+        d.accuracy(model, x, y[:2])
+    with pytest.raises(InvalidTensorError, match="0 inputs and 0 targets"):
+        d.accuracy(model, x[:0], y[:0])
+    with pytest.raises(InvalidTensorError, match="output has 40 NaN"):
+        d.accuracy(model, x * math.nan, y)
+    with pytest.raises(InvalidTensorError, match="4 inputs and 2 targets"):
+        d.train(model, LOSS, x, y[:2], steps=1)

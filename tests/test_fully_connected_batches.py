@@ -269,6 +269,24 @@ def test_more_samples_than_outputs_above_need_the_forward_pass() -> None:
     assert (_error(x, unchecked) < 1e-5) == (agreement > 0.99)
 
 
+def test_zeros_that_avoid_each_other_are_a_mixtures() -> None:
+    """Six samples under five outputs: without the weights nothing but the zeros can tell."""
+    x, y = gi.data.digits(range(12, 18))
+    net = gi.models.mlp((64, 400, 5), dtype=torch.float64, generator=_generator(2))
+    net[1].bias.data += 0.2  # most units are on for all six, and cancel there
+    with pytest.raises(NotRecoveredError, match=r"Found 6 of 6 .* Give the layer's weight"):
+        fc.recover_batch(*_first(net, x, y % 5), 6)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_zeros_of_rounding_alone_are_no_samples(seed: int) -> None:
+    x, y = _samples(8, 40, seed)
+    net = _net(40, 400, seed, dtype=torch.float32)
+    net[1].bias.data += 0.46  # few units are off
+    with pytest.raises(NotRecoveredError, match=r"Found 8 of 8 .* zeros are few"):
+        fc.recover_batch(*_first(net, x.float(), y), 8)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_real_photographs(dtype: torch.dtype, bound: float) -> None:
     x = torch.cat([gi.data.photo(name, 32, dtype) for name in PHOTOS])
@@ -362,3 +380,19 @@ def test_bad_tensors_are_refused() -> None:
         fc.expected_isolated(10, 2, 1.5)
     with pytest.raises(InvalidArgumentError, match="batch_size must be a whole number"):
         fc.count_labels(b, 0)
+
+
+def test_arguments_that_no_answer_belongs_to_are_refused() -> None:
+    G, b = torch.ones(4, 3), torch.ones(4)
+    for tolerance in (-1.0, math.nan):
+        with pytest.raises(InvalidArgumentError, match="tolerance is zero or more"):
+            fc.isolated_samples(G, b, tolerance)
+    for p in (-torch.ones(4), torch.zeros(4), -torch.ones(2, 4)):
+        with pytest.raises(InvalidTensorError, match="give the softmax of the logits"):
+            fc.count_labels(b, 2, p)
+    with pytest.raises(InvalidTensorError, match=r"probabilities must be .*, got list"):
+        fc.count_labels(b, 2, [0.25] * 4)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="bias is of no use without weight"):
+        fc.recover_batch(G, b, 1, bias=b)
+    with pytest.raises(InvalidArgumentError, match="active is a probability"):
+        fc.expected_isolated(10, 2, "half")  # type: ignore[arg-type]

@@ -282,6 +282,31 @@ def test_updates_that_say_nothing_are_refused() -> None:
         _match(models.lenet(SHAPE), update)
     with pytest.raises(InvalidArgumentError, match="is for pictures"):
         opt.match_gradients(net, update, (64,), CE, total_variation=0.1)
+    zero = sharing.Update({n: torch.zeros_like(g) for n, g in update.gradients.items()})
+    with pytest.raises(VanishingGradientError, match="The classifier's gradient"):
+        opt.recover_labels(net, zero, CE)
+    spoiled = sharing.Update({n: g * torch.nan for n, g in update.gradients.items()})
+    with pytest.raises(InvalidTensorError, match="NaN"):
+        opt.recover_labels(net, spoiled, CE)
+    with pytest.raises(InvalidTensorError, match="the model no such parameter"):
+        opt.recover_labels(models.lenet(SHAPE), update, CE)
     del update.gradients["3.weight"]
     with pytest.raises(UnsupportedLayerError, match="give them as targets"):
         _match(net, update)
+
+
+def test_shapes_and_labels_that_do_not_fit_are_told_in_shapes() -> None:
+    net = _net()
+    update = sharing.observe(net, CE, _digit(), CLASS)
+    with pytest.raises(InvalidTensorError, match=r"do not take inputs \(1, 1, 8, 7\)"):
+        opt.match_gradients(net, update, (1, 8, 7), CE)
+    for wrong in (torch.tensor([12]), torch.tensor([1.0])):
+        with pytest.raises(InvalidTensorError, match=r"and targets \(1,\)"):
+            _match(net, update, targets=wrong)
+    with pytest.raises(InvalidArgumentError, match="input_shape is a tuple"):
+        opt.match_gradients(net, update, None, CE)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTensorError, match=r"inputs \(2, 1, 8, 8\) and targets \(1,\)"):
+        opt.simulated_update(net, update, CE, torch.cat([_digit()] * 2), CLASS)
+    for tolerance in (-1.0, float("nan"), "small"):
+        with pytest.raises(InvalidArgumentError, match="tolerance is"):
+            _match(net, update, tolerance=tolerance)

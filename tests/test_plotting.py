@@ -102,6 +102,33 @@ def test_compare_takes_many_rows_and_flat_recoveries() -> None:
     assert len(plotting.compare(mixed, mixed).axes) == 6
 
 
+def test_compare_takes_a_list_of_flat_recoveries() -> None:
+    truth = [data.photo("cat", (6, 8))[0], data.digit(1)[0]]
+    for shape in ((-1,), (1, -1)):
+        figure = plotting.compare(truth, [t.reshape(shape) for t in truth])
+        assert _titles(figure)[2] == "difference: none"
+        assert len(figure.axes) == 6
+    with pytest.raises(InvalidTensorError, match=r"shape \(60,\).*\.reshape\(1, height, width\)"):
+        plotting.compare(truth[1:], [truth[1].flatten()[:60]])
+    with pytest.raises(InvalidTensorError, match=r"truth has shape \(64,\).*\.reshape"):
+        plotting.compare([truth[1].flatten()], truth[1:])
+
+
+def test_a_picture_on_its_side_is_not_read_as_flat() -> None:
+    cat = data.photo("cat", (6, 8))
+    with pytest.raises(InvalidTensorError, match="must pair up"):
+        plotting.compare(cat, cat.transpose(2, 3))
+
+
+def test_what_is_no_tensor_or_empty_is_refused_by_name() -> None:
+    with pytest.raises(InvalidTensorError, match=r"pictures must be .*, got NoneType"):
+        plotting.gallery(None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTensorError, match=r"recovered must be .*, got ndarray"):
+        plotting.compare(data.digit(1), data.digit(1).numpy())  # type: ignore[arg-type]
+    with pytest.raises(InvalidTensorError, match="pictures holds no picture"):
+        plotting.gallery(torch.zeros(0, 1, 8, 8))
+
+
 def test_grey_is_drawn_grey() -> None:
     figure = plotting.compare(data.digit(3)[0, 0], data.digit(3)[0])
     assert figure.axes[0].images[0].get_cmap().name == "gray"

@@ -20,6 +20,7 @@ from gradinv_edu.errors import (
     InvalidArgumentError,
     InvalidTensorError,
     UnsupportedLayerError,
+    UnsupportedLossError,
 )
 from gradinv_edu.systems import LayerSystem
 
@@ -524,3 +525,48 @@ def test_progress_and_generator() -> None:
     )
     assert str(one) == str(same) and one.network is not None
     assert one.layers[0].weight_equations != other.layers[0].weight_equations
+
+
+def test_squared_error_has_a_rank_and_it_is_the_dense_one() -> None:
+    """Torch has no forward-mode rule for its own backward pass of ``nn.MSELoss``."""
+    net = gi.models.mlp((9, 12, 3), "tanh", dtype=torch.float64)
+    source = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, n, generator=source, dtype=torch.float64) for n in (9, 3))
+
+    def gradient(x: Tensor) -> Tensor:
+        parts = torch.autograd.grad(nn.MSELoss()(net(x), y), net.parameters(), create_graph=True)
+        return torch.cat([p.flatten() for p in parts])
+
+    J = torch.autograd.functional.jacobian(gradient, x).flatten(1)
+    found = rank.jacobian_rank(net, (9,), loss=nn.MSELoss(), inputs=x, targets=y)
+    assert found.rank == int(torch.linalg.matrix_rank(J)) == 9
+
+
+def test_what_has_no_audit_is_told_by_name() -> None:
+    net = gi.models.mlp((64, 12, 10))
+    for shape in (None, 64, (True, 8, 8)):
+        with pytest.raises(InvalidArgumentError, match="input_shape is the shape of one sample"):
+            rank.audit(net, shape)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedLayerError, match=r"is a str, not a torch\.nn\.Module"):
+        rank.audit("resnet18", (4,))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedLayerError, match="has no layer"):
+        rank.audit(nn.Sequential(), (4,))
+    with pytest.raises(UnsupportedLayerError, match="weight is not initialised yet"):
+        rank.audit(nn.Sequential(nn.LazyLinear(3)), (4,))
+    with pytest.raises(UnsupportedLayerError):
+        rank.audit(nn.LSTM(4, 4), (3, 4))
+    nn.init.constant_(net[1].weight, torch.nan)
+    for call in (rank.audit, rank.jacobian_rank, rank.leak_map):
+        with pytest.raises(InvalidTensorError, match=r"1\.weight has NaN"):
+            call(net, (1, 8, 8))
+
+
+def test_losses_and_targets_that_do_not_fit_are_refused() -> None:
+    net = gi.models.mlp((64, 12, 10))
+    for targets in (torch.tensor([12]), torch.tensor([1.0]), torch.tensor([1, 2])):
+        with pytest.raises(InvalidTensorError, match=r"does not take outputs \(1, 10\)"):
+            rank.jacobian_rank(net, (1, 8, 8), targets=targets)
+    with pytest.raises(UnsupportedLossError, match="not one number"):
+        rank.jacobian_rank(net, (1, 8, 8), loss=nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(InvalidArgumentError, match=r"positive number, got 1\.5"):
+        rank.leak_map(net, (1, 8, 8), probes=1.5)  # type: ignore[arg-type]

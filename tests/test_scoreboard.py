@@ -272,8 +272,26 @@ def test_a_finished_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda b: b["settings"].update(steps=77), "other settings .steps 77, now 20"),
         (lambda b: b.update(format=0), "another format than 1"),
         (lambda b: b.pop("cells"), "no results file of this program"),
+        (lambda b: b.update(seeds="others"), "other seeds"),
+        (lambda b: b.update(versions=None), "another format than 1"),
+        (lambda b: b.update(settings=[]), "another format than 1"),
+        (lambda b: b.update(baselines="none"), "another format than 1"),
+        (lambda b: b["cells"].update({"dense/none/DLG": {}}), "damaged: its cell 'dense/none/DLG'"),
+        (lambda b: b["cells"].update({f"dense/none/{PRICE}": {"psnr": [1]}}), "holds no accuracy"),
     ],
-    ids=["torch", "package", "settings", "format", "cells"],
+    ids=[
+        "torch",
+        "package",
+        "settings",
+        "format",
+        "cells",
+        "seeds",
+        "no versions",
+        "no settings",
+        "no baselines",
+        "an empty cell",
+        "another cell",
+    ],
 )
 def test_a_file_of_another_kind_is_not_touched(tmp_path: Path, change: Any, match: str) -> None:
     file = tmp_path / "board.json"
@@ -294,6 +312,10 @@ def test_a_truncated_file_is_not_touched(tmp_path: Path, capsys: Any) -> None:
     assert len(file.read_bytes()) == 1000
     with pytest.raises(ResultsFileError, match="There is no results file"):
         scoreboard.load(tmp_path / "nowhere.json")
+    with pytest.raises(ResultsFileError, match="IsADirectory"):
+        scoreboard.load(tmp_path)
+    with pytest.raises(UnknownNameError, match="No data 'mnist'; there are digits, cifar10"):
+        scoreboard.load_data("mnist")
 
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:

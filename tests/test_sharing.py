@@ -393,3 +393,11 @@ def test_cuda_gradients_stay_there_and_its_generator_is_left_alone() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert update.gradients["8.weight"].is_cuda
     assert gi.metrics.relative_error(again.gradients["8.weight"], update.gradients["8.weight"]) == 0
+
+
+def test_samples_that_do_not_fit_the_model_or_the_loss_are_refused_by_shape() -> None:
+    model, loss = models.mlp((64, 10)), nn.CrossEntropyLoss()
+    with pytest.raises(InvalidTensorError, match=r"inputs \(1, 1, 8, 7\) with targets \(1,\)"):
+        gi.observe(model, loss, torch.rand(1, 1, 8, 7), torch.tensor([3]))
+    with pytest.raises(InvalidTensorError, match=r"Target 10 is out of bounds"):
+        gi.observe(model, loss, torch.rand(1, 1, 8, 8), torch.tensor([10]))
