@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .errors import (
 
 POWER_STEPS = 30
 SETTLED = 2e-15  # change of a singular vector of length one: rounding alone
+CHUNK = 2**20  # entries that are worked on at a time
 EXTREME = 1e-200  # squares of entries are left room over the smallest number
 
 
@@ -57,7 +58,7 @@ class Output:
     residual: float
 
 
-def rank_one(weight_gradient: Tensor) -> RankOne:
+def rank_one(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> RankOne:
     r""":math:`G = \sigma_1 u v^\top + \dots`: one sample's weight gradient ``k xᵀ`` has rank one.
 
     Gives the direction of ``x`` (and of ``k``), not its scale or sign. Implements
@@ -67,6 +68,8 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
     ----------
     weight_gradient : Tensor
         ``(m, n)``, floating point.
+    bias_gradient : Tensor, optional
+        ``(m,)``; beside the other as one more column.
 
     Returns
     -------
@@ -75,40 +78,55 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
     Raises
     ------
     InvalidTensorError
-        If it is not a finite floating-point matrix.
+        If one is not finite floating point, or has the wrong shape.
     VanishingGradientError
-        If it is zero everywhere.
+        If the weight's is zero everywhere.
     """
     G = checks.not_all_zero(
         checks.shaped(weight_gradient, "weight_gradient", (None, None)), "weight_gradient"
     )
-    u, value, v = _leading_triple(G)
-    rest = float(torch.addr(G, u, v, alpha=-value).norm() / G.norm())
-    return RankOne(u, value, v, rest)
+    blocks = [G]
+    if bias_gradient is not None:
+        blocks.append(checks.shaped(bias_gradient, "bias_gradient", (len(G),))[:, None])
+    u, value, v = _leading_triple(*blocks)
+    parts = torch.split(value * v, [block.shape[1] for block in blocks])
+    rest = math.hypot(*(_rest(block, u, part) for block, part in zip(blocks, parts, strict=True)))
+    return RankOne(u, value, v, rest / math.hypot(*(float(block.norm()) for block in blocks)))
 
 
-def _leading_triple(G: Tensor) -> tuple[Tensor, float, Tensor]:
-    """Power iteration settles at once where the rank is nearly one; elsewhere the SVD decides."""
-    size = max(abs(float(end)) for end in torch.aminmax(G))
-    if EXTREME < size * size < 1 / EXTREME:
-        size, scaled = 1.0, G
-    else:  # squares of tiny entries would vanish
-        scaled = G / size
-    v = scaled[int(scaled.norm(dim=1).argmax())]
-    v = v / v.norm()
+def _rest(G: Tensor, u: Tensor, v: Tensor) -> float:
+    """``‖G − u vᵀ‖``, some rows at a time: to allocate such a matrix again costs more than sums."""
+    rows = max(1, CHUNK // G.shape[1])
+    parts = zip(torch.split(G, rows), torch.split(u, rows), strict=True)
+    return math.hypot(*(float(torch.addr(g, part, v, alpha=-1).norm()) for g, part in parts))
+
+
+def _leading_triple(*blocks: Tensor) -> tuple[Tensor, float, Tensor]:
+    """Of the blocks side by side; power iteration settles at once where the rank is nearly one.
+
+    Elsewhere the SVD decides.
+    """
+    size = max(abs(float(end)) for block in blocks for end in torch.aminmax(block))
+    scale = 1.0 if EXTREME < size * size < 1 / EXTREME else size
+    G = blocks if scale == 1.0 else [block / scale for block in blocks]  # squares would vanish
+    row = int(torch.stack([block.norm(dim=1) for block in G]).norm(dim=0).argmax())
+    v = [block[row] for block in G]
+    before = torch.cat(v) / torch.cat(v).norm()
     for _ in range(POWER_STEPS):
-        u, before = scaled @ v, v
+        u = reduce(torch.add, (block @ part for block, part in zip(G, v, strict=True)))
         u = u / u.norm()
-        v = u @ scaled
-        value, v = size * float(v.norm()), v / v.norm()
-        if float((v - before).norm()) < SETTLED:
-            return u, value, v
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        v = [u @ block for block in G]
+        right = torch.cat(v)
+        value, right = scale * float(right.norm()), right / right.norm()
+        if float((right - before).norm()) < SETTLED:
+            return u, value, right
+        before = right
+    U, S, Vh = torch.linalg.svd(torch.cat(blocks, dim=1), full_matrices=False)
     return U[:, 0], float(S[0]), Vh[0]
 
 
 def _svd(G: Tensor, b: Tensor) -> Tensor:
-    u = rank_one(torch.cat([G, b[:, None]], dim=1)).left
+    u, _, _ = _leading_triple(G, b[:, None])
     return (G.T @ u) / (b @ u)  # v[:n] / v[n], each relative to its own size
 
 
@@ -888,8 +906,7 @@ def recover_from_bias(
     W, G, b = _layer(weight, weight_gradient, bias)
     k = checks.shaped(bias_gradient, "bias_gradient", (len(W),)).to(W.device)
     x = recover_input(G, k)
-    whole = torch.cat([G, k[:, None]], dim=1)
-    return Output(k, x, _target(loss, W @ x + b, k), rank_one(whole).residual)
+    return Output(k, x, _target(loss, W @ x + b, k), rank_one(G, k).residual)
 
 
 def _target(loss: nn.Module, z: Tensor, k: Tensor) -> Tensor:

@@ -515,10 +515,9 @@ def _from_bias(walk: _Walk, index: int) -> _State:
 
 def _dense_from_bias(walk: _Walk, G: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float, float]:
     x = fully_connected.recover_input(G, b)
-    whole = torch.cat([G, b[:, None]], dim=1)
-    split = fully_connected.rank_one(whole)
-    k = whole @ torch.cat([x, x.new_ones(1)]) / (1 + x.square().sum())
-    spread = max(split.residual, walk.eps) * float(whole.norm())
+    split = fully_connected.rank_one(G, b)
+    k = (G @ x + b) / (1 + x.square().sum())
+    spread = max(split.residual, walk.eps) * math.hypot(float(G.norm()), float(b.norm()))
     return x, k, split.residual, spread / float(k.norm() * x.norm() + 1e-300)
 
 
@@ -926,11 +925,17 @@ def _mismatch(walk: _Walk, x: Tensor, target: Tensor, loss: nn.Module) -> float 
     found = polishing.chain_gradient(walk.steps, walk.kept, loss, target)(x)
     top = max(float(g.norm()) for g in walk.gradients.values())
     gaps = [
-        float((found[n] - g).norm()) / max(float(g.norm()), 1e-3 * top)
+        _distance(found[n], g) / max(float(g.norm()), 1e-3 * top)
         for n, g in walk.gradients.items()
         if n in found
     ]
     return max(gaps)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """``‖a − b‖``, some entries at a time: a difference as large as a layer is dear to allocate."""
+    parts = zip(torch.split(a.flatten(), 2**20), torch.split(b.flatten(), 2**20), strict=True)
+    return math.hypot(*(float((one - other).norm()) for one, other in parts))
 
 
 def _random_step(step: Step) -> bool:

@@ -56,7 +56,8 @@ SPILLS = """() => {
 # MathJax's own elements are MathJax's matter, and there are thousands, as there are of coloured
 # words of code: those are looked at on one page.
 SCOPE = {"exclude": [["mjx-container"], [".highlight pre"]]}
-# The reference has hundreds of entries of one form: axe looks at the first.
+LISTS = ("definition-list", "dlitem", "list", "listitem")
+# The reference has hundreds of entries of one form: for all else, axe looks at the first.
 TRIM = "() => [...document.querySelectorAll('section > dl.py')].slice(3).forEach(e => e.remove())"
 
 
@@ -65,8 +66,6 @@ def _violations(page: Page, *rules: str, scope: object = SCOPE) -> list[str]:
 
     # preload would fetch stylesheets again, by addresses of its own
     options: dict[str, Any] = {"resultTypes": ["violations"], "preload": False}
-    # Sphinx writes an entry of the reference without a description as a list without one
-    options["rules"] = {"definition-list": {"enabled": False}}
     if rules:
         options["runOnly"] = {"type": "rule", "values": list(rules)}
     found = Axe().run(page, context=scope, options=options).response["violations"]
@@ -92,6 +91,7 @@ def test_a_page_in_a_browser(name: str, visit: Callable[..., Visit]) -> None:
     for width in ("desktop", "phone"):
         seen.resize(width)
         assert not page.evaluate(SPILLS), f"wider than a {width}"
+    assert not _violations(page, *LISTS), "axe: lists, of all entries"
     page.evaluate(TRIM)
     seen.resize("desktop")
     assert not _violations(page), "axe: serious or critical, by day"

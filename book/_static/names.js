@@ -9,6 +9,16 @@ function nameControls() {
   }
   // A list may hold list items only; entries of a bibliography have a role of their own.
   for (const list of document.querySelectorAll(".citation-list[role=list]")) list.removeAttribute("role");
+  // Parameters of a signature, one a line, are written as descriptions of nothing: make them a list.
+  for (const list of document.querySelectorAll("dt.sig > dl")) {
+    const parameters = document.createElement("ul");
+    for (const entry of list.children) {
+      const item = document.createElement("li");
+      item.append(...entry.childNodes);
+      parameters.append(item);
+    }
+    list.replaceWith(parameters);
+  }
   // What scrolls must be reachable from the keyboard.
   for (const box of document.querySelectorAll(".bd-article :is(pre, div.math, .cell_output .text_html)")) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
