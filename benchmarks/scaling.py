@@ -26,6 +26,8 @@ WIDTHS = (1.5, 2.0, 3.0, 4.0)
 BATCHES = (2, 4, 8)
 SURPLUS = (1.1, 1.2, 1.35, 1.5, 2.0)  # weight equations for each unknown, at 112×112
 PHOTO_SURPLUS = 1.7  # at 224×224
+EVEN = 2  # weight equations for each unknown, at every one of these:
+EVEN_SIZES = (16, 32, 64, 128, 224)
 COARSE = ("float16", "bfloat16")  # at 64×64
 DENSE = (8, 12, 16, 20)
 THREADS = 2  # at 128×128
@@ -54,6 +56,7 @@ def jobs() -> dict[str, Job]:
     found |= {f"batch/{batch}": _job(size=32, batch=batch) for batch in BATCHES}
     found |= {f"surplus/{s:g}": _job(size=112, surplus=s) for s in SURPLUS}
     found[f"surplus/{PHOTO_SURPLUS:g}"] = _job(size=224, surplus=PHOTO_SURPLUS)
+    found |= {f"even/{size}": _job(size=size, surplus=EVEN) for size in EVEN_SIZES}
     found |= {f"dtype/{dtype}": _job(size=64, dtype=dtype) for dtype in COARSE}
     found[f"threads/{THREADS}"] = _job(size=128, threads=THREADS)
     found |= {f"dense/{size}": Job("scaling", "against_dense", {"size": size}) for size in DENSE}
