@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .errors import InvalidTensorError, VanishingGradientError
+from .errors import GradientInversionError, InvalidTensorError, VanishingGradientError
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:
@@ -68,3 +70,20 @@ def not_all_zero(tensor: Tensor, name: str) -> Tensor:
             "says nothing of it; use another layer or another update."
         )
     return tensor
+
+
+@contextmanager
+def fitting(refusal: str) -> Iterator[None]:
+    """Say in the caller's words, which have shapes, what torch says of a product of matrices.
+
+    Raises
+    ------
+    InvalidTensorError
+        If what runs inside fails for a shape or a type; it opens with ``refusal``.
+    """
+    try:
+        yield
+    except (GradientInversionError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InvalidTensorError(f"{refusal}: {error}") from error

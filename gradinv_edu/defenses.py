@@ -461,7 +461,6 @@ def train_privately(
     _batch(model, loss, inputs, targets)
     epsilon = privacy_spent(noise_multiplier, batch_size / len(inputs), steps, delta)
     student, source = copy.deepcopy(model).train(), _source(generator)
-    _opacus_supports(student)
     samples = torch.utils.data.TensorDataset(inputs, targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as for one gradient
@@ -514,7 +513,6 @@ def _private_gradient(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     client = copy.deepcopy(model).train()
-    _opacus_supports(client)
     device = next(client.parameters()).device
     samples = torch.utils.data.TensorDataset(*(t.to(device) for t in batch))
     with warnings.catch_warnings():
@@ -705,7 +703,8 @@ def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: floa
     encoder = copy.deepcopy(nn.Sequential(*layers[:place])).eval()
     with torch.inference_mode(False), torch.enable_grad():
         x = inputs.detach().to(next(model.parameters()).dtype).requires_grad_()
-        r = _features(encoder, x).flatten()
+        with checks.fitting(f"The model does not take inputs of shape {tuple(x.shape[1:])}"):
+            r = encoder(x).flatten()
         unit = torch.eye(len(r), dtype=r.dtype, device=r.device)
         slopes = vmap(lambda v: torch.autograd.grad(r, x, v, retain_graph=True)[0])(unit)
     score = slopes.flatten(1).norm(dim=1) / (r.detach().abs() + 0.1)
@@ -714,16 +713,6 @@ def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: floa
     defended = update.gradients[name].clone()
     defended[:, pruned] = 0
     return replace(update, gradients={**update.gradients, name: defended})
-
-
-def _features(encoder: nn.Sequential, x: Tensor) -> Tensor:
-    try:
-        r: Tensor = encoder(x)
-    except RuntimeError as error:
-        raise InvalidTensorError(
-            f"The model does not take inputs of shape {tuple(x.shape[1:])}: {error}"
-        ) from error
-    return r
 
 
 class Bottleneck(nn.Module):

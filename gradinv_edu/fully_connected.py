@@ -111,16 +111,16 @@ def _leading_triple(*blocks: Tensor) -> tuple[Tensor, float, Tensor]:
     G = blocks if scale == 1.0 else [block / scale for block in blocks]  # squares would vanish
     row = int(torch.stack([block.norm(dim=1) for block in G]).norm(dim=0).argmax())
     v = [block[row] for block in G]
-    before = torch.cat(v) / torch.cat(v).norm()
+    right = torch.cat(v)
+    right = right / right.norm()
     for _ in range(POWER_STEPS):
         u = reduce(torch.add, (block @ part for block, part in zip(G, v, strict=True)))
         u = u / u.norm()
-        v = [u @ block for block in G]
+        v, before = [u @ block for block in G], right
         right = torch.cat(v)
         value, right = scale * float(right.norm()), right / right.norm()
         if float((right - before).norm()) < SETTLED:
             return u, value, right
-        before = right
     U, S, Vh = torch.linalg.svd(torch.cat(blocks, dim=1), full_matrices=False)
     return U[:, 0], float(S[0]), Vh[0]
 

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -333,7 +332,7 @@ def _probabilities(model: nn.Module, input_shape: tuple[int, ...], pictures: int
     weight = next(own.parameters())
     noise = _uniform((pictures, *input_shape), torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():
-        with _fitting(noise):
+        with checks.fitting(f"Model and loss do not take inputs {tuple(noise.shape)}"):
             output = own(noise)
         expected: Tensor = output.double().softmax(dim=-1).mean(dim=0)
     return expected
@@ -404,7 +403,7 @@ class _Client:
 
     def gradient(self, theta: Gradients, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
-        with _fitting(x, y):
+        with checks.fitting(_refusal(x, y)):
             output = functional_call(self.model, {**theta, **self.frozen, **buffers}, (x,))
             value = self.loss(output, y)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -442,18 +441,9 @@ class _Client:
         return x[places], y[places]
 
 
-@contextmanager
-def _fitting(x: Tensor, y: Tensor | None = None) -> Iterator[None]:
-    """Say in shapes what torch says of a product of matrices."""
-    try:
-        yield
-    except (GradientInversionError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        given = f"inputs {tuple(x.shape)}"
-        if y is not None:
-            given += f" and targets {tuple(y.shape)}, {y.dtype},"
-        raise InvalidTensorError(f"Model and loss do not take {given}: {error}") from error
+def _refusal(x: Tensor, y: Tensor) -> str:
+    given = f"inputs {tuple(x.shape)} and targets {tuple(y.shape)}, {y.dtype}"
+    return f"Model and loss do not take {given}"
 
 
 def _momentum(
@@ -866,7 +856,7 @@ def _guesses(
     with torch.no_grad():
         for mask in attacker.masks.values():
             mask.guess = torch.empty(0)
-        with _fitting(x):
+        with checks.fitting(f"Model and loss do not take inputs {tuple(x.shape)}"):
             output = attacker.client.model(x)
     for hook in hooks:
         hook.remove()

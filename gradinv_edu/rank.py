@@ -1483,13 +1483,9 @@ class _Gradient:
         self.written = self.parameters * self.x.numel() <= ENTRIES
 
     def _output(self) -> Tensor:
-        try:
-            with torch.no_grad():
-                output: Tensor = self.model(self.x)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise InvalidTensorError(
-                f"The model does not take inputs of shape {tuple(self.x.shape[1:])}: {error}"
-            ) from None
+        refusal = f"The model does not take inputs of shape {tuple(self.x.shape[1:])}"
+        with checks.fitting(refusal), torch.no_grad():
+            output: Tensor = self.model(self.x)
         return output
 
     def value(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -1572,13 +1568,9 @@ def _loss(
 
 
 def _check_loss(loss: nn.Module, output: Tensor, targets: Tensor) -> None:
-    try:
+    given = f"outputs {tuple(output.shape)} with targets {tuple(targets.shape)}, {targets.dtype}"
+    with checks.fitting(f"The loss does not take {given}"):
         value = loss(output, targets)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise InvalidTensorError(
-            f"The loss does not take outputs {tuple(output.shape)} with targets "
-            f"{tuple(targets.shape)}, {targets.dtype}: {error}"
-        ) from None
     if value.dim():
         raise UnsupportedLossError(
             f"The loss gives {tuple(value.shape)}, not one number: use reduction='mean' or 'sum'."

@@ -198,10 +198,14 @@ class _Walk:
         return self.gradients.get(f"{step.name}.{parameter}" if step.name else parameter)
 
     @property
+    def full_rank(self) -> bool:
+        return all(r.full_rank for r in self.reports)
+
+    @property
     def determined(self) -> bool:
         consistency, accuracy = TOLERANCES[self.dtype]
-        return all(
-            r.full_rank and r.residual <= consistency and r.error <= accuracy for r in self.reports
+        return self.full_rank and all(
+            r.residual <= consistency and r.error <= accuracy for r in self.reports
         )
 
 
@@ -557,7 +561,7 @@ def _descend(walk: _Walk, index: int, state: _State, strict: bool) -> Tensor:
 
 
 def _contradict(walk: _Walk) -> None:
-    if all(r.full_rank for r in walk.reports):
+    if walk.full_rank:
         last = walk.reports[-1]
         raise InconsistentGradientError(
             f"The equations of {last.name} contradict the layers above (residual "
@@ -576,7 +580,7 @@ def _reshape(state: _State, step: Step) -> _State:
 def _undo(walk: _Walk, state: _State, step: Step) -> _State:
     known = torch.ones_like(state.value) if state.weight is None else state.weight
     somewhere = torch.where(known > 0, state.value, _inside(step.module))
-    if not all(r.full_rank for r in walk.reports):  # a least-norm answer may lie outside the range
+    if not walk.full_rank:  # a least-norm answer may lie outside the range
         somewhere = clamp_to_range(step.module, somewhere)
     undone = undo(step.module, step.name, somewhere, state.noise)
     both = known * undone.known
@@ -934,7 +938,8 @@ def _mismatch(walk: _Walk, x: Tensor, target: Tensor, loss: nn.Module) -> float 
 
 def _distance(a: Tensor, b: Tensor) -> float:
     """``‖a − b‖``, some entries at a time: a difference as large as a layer is dear to allocate."""
-    parts = zip(torch.split(a.flatten(), 2**20), torch.split(b.flatten(), 2**20), strict=True)
+    size = fully_connected.CHUNK
+    parts = zip(torch.split(a.flatten(), size), torch.split(b.flatten(), size), strict=True)
     return math.hypot(*(float((one - other).norm()) for one, other in parts))
 
 

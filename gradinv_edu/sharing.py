@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from . import checks
 from .errors import (
-    GradientInversionError,
     InvalidTensorError,
     UnknownNameError,
     UnsupportedLossError,
@@ -473,7 +472,9 @@ class _Rule:
 def _gradient(
     model: nn.Module, loss: Loss, weights: list[nn.Parameter], x: Tensor, y: Tensor
 ) -> list[Tensor]:
-    value = _value(model, loss, x, y)
+    given = f"inputs {tuple(x.shape)} with targets {tuple(y.shape)}, {y.dtype}"
+    with checks.fitting(f"Model and loss do not take {given}"):
+        value = loss(model(x), y)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise UnsupportedLossError(
@@ -483,18 +484,6 @@ def _gradient(
     return list(
         torch.autograd.grad(value.sum(), weights, allow_unused=True, materialize_grads=True)
     )
-
-
-def _value(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> object:
-    try:
-        return loss(model(x), y)
-    except (GradientInversionError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise InvalidTensorError(
-            f"Model and loss do not take inputs {tuple(x.shape)} with targets {tuple(y.shape)}, "
-            f"{y.dtype}: {error}"
-        ) from error
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
