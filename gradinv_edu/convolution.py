@@ -1,20 +1,26 @@
-"""A convolution written out as a dense layer, and what the bias ratio makes of it."""
+"""A convolution written out as a dense layer, and what the bias ratio makes of it.
+
+``conv`` is an nn.Conv1d, Conv2d or Conv3d with any stride, padding, dilation, groups and padding
+mode; anything else raises UnsupportedLayerError. Tensors that are not finite floating point or
+do not fit the layer raise InvalidTensorError. Results are float64.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
 from torch.nn import functional as F
 
 from . import checks
+from .checks import checked
 from .errors import InvalidTensorError, UnknownNameError, UnsupportedLayerError
 
+__all__ = ["as_dense", "patches", "recover_input_as_dense", "signed_mean_patch", "weight_gradient"]
+
 LARGEST_GB = 4.0  # a matrix above this is refused: LayerSystem needs none
-CHUNK = 1 << 24  # entries of one block of unit inputs
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -23,35 +29,26 @@ def as_dense(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
     r""":math:`z = T x + b,\quad T_{(f,p),(c,q)} = W_{f,c,u}` where :math:`q = p + u`, else 0.
 
     The matrix of a convolution: one row for each filter ``f`` and position ``p``, one column for
-    each channel ``c`` and pixel ``q``. It holds every weight once for each position, and zeros.
-    Implements :eq:`conv-as-dense`.
+    each channel ``c`` and pixel ``q``. It holds every weight once for each position, and zeros:
+    ``T @ x.flatten() + bias == conv(x).flatten()``. Implements :eq:`conv-as-dense`.
 
     Parameters
     ----------
     conv : nn.Conv1d, nn.Conv2d or nn.Conv3d
-        Any stride, padding, dilation, groups and padding mode.
+        The layer.
     input_shape : tuple of int
-        ``(C, *spatial)``, of one input.
+        ``(C, *spatial)``, of one input; InvalidTensorError if the matrix would take over 4 GB.
 
     Returns
     -------
-    Tensor
-        ``(C_out·H'·W', C·H·W)``, float64, such that
-        ``T @ x.flatten() + bias == conv(x).flatten()``.
-
-    Raises
-    ------
-    UnsupportedLayerError
-        If ``conv`` is not a convolution.
-    InvalidTensorError
-        If the shape does not fit the layer, or the matrix would take more than 4 GB.
+    Tensor, (C_out·H'·W', C·H·W)
 
     Notes
     -----
     Source: Fan et al. (2020), as the survey of Zhang et al. (2022) describes them.
     """
-    spatial = _output_shape(conv, input_shape)
-    rows, columns = conv.out_channels * math.prod(spatial), math.prod(input_shape)
+    pixels = _pixels(conv, input_shape)
+    rows, columns = conv.out_channels * pixels.shape[1], math.prod(input_shape)
     gigabytes = 8e-9 * rows * columns
     if gigabytes > LARGEST_GB:
         raise InvalidTensorError(
@@ -59,16 +56,16 @@ def as_dense(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
             f"{gigabytes:.1f} GB in float64, over the limit of {LARGEST_GB:g}; "
             "use gradinv_edu.systems.LayerSystem, which never writes it out."
         )
-    apply = _without_bias(conv)
-    matrix = conv.weight.new_empty(rows, columns, dtype=torch.float64)
-    step = max(1, CHUNK // max(rows, columns))
-    for first in range(0, columns, step):
-        units = _units(first, min(first + step, columns), columns, matrix)
-        matrix[:, first : first + step] = apply(units.reshape(-1, *input_shape)).flatten(1).T
-    return matrix
+    W = conv.weight.detach().double().flatten(1)
+    matrix = W.new_zeros(conv.out_channels, pixels.shape[1], columns)
+    for f, (block, kernel) in enumerate(zip(matrix, W, strict=True)):
+        seen = pixels[f * conv.groups // conv.out_channels]
+        block.scatter_add_(1, seen.clamp(min=0), kernel * (seen >= 0))
+    return matrix.flatten(0, 1)
 
 
-def patches(conv: Conv, inputs: Tensor) -> Tensor:
+@checked
+def patches(conv: Conv, inputs: Float[Tensor, "N C ..."]) -> Float[Tensor, "N P J"]:
     r""":math:`\mathrm{patch}_p(x)_{c,u} = x_c(p + u)`: what the kernel sees at each position.
 
     Also known as *im2col*; padding included, all channels, in any dimension.
@@ -77,27 +74,23 @@ def patches(conv: Conv, inputs: Tensor) -> Tensor:
     ----------
     conv : nn.Conv1d, nn.Conv2d or nn.Conv3d
         Its kernel, stride, padding and dilation are used, its weights are not.
-    inputs : Tensor
-        ``(N, C, *spatial)``, floating point.
+    inputs : Tensor, (N, C, …)
+        The pictures.
 
     Returns
     -------
-    Tensor
-        ``(N, P, C·k²)``, float64; positions and places in row-major order.
-
-    Raises
-    ------
-    UnsupportedLayerError
-        If ``conv`` is not a convolution.
-    InvalidTensorError
-        If the inputs do not fit the layer or are not finite floating point.
+    Tensor, (N, P, C·k²)
+        Positions and places in row-major order.
     """
-    x = checks.finite(inputs, "inputs")
-    _output_shape(conv, tuple(x.shape[1:]))
-    return _patches(conv, x)
+    seen = _windows(conv, inputs)
+    n = len(conv.kernel_size)
+    return seen.movedim(1, n + 1).flatten(n + 1).flatten(1, n)
 
 
-def weight_gradient(conv: Conv, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+@checked
+def weight_gradient(
+    conv: Conv, inputs: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N F ..."]
+) -> Tensor:
     r""":math:`\partial L/\partial W_f = \sum_p k_f(p)\,\mathrm{patch}_p(x)`, over all positions.
 
     A weight is used at every position, so its gradient is a sum over them, and over the samples
@@ -107,63 +100,46 @@ def weight_gradient(conv: Conv, inputs: Tensor, output_gradient: Tensor) -> Tens
     Parameters
     ----------
     conv : nn.Conv1d, nn.Conv2d or nn.Conv3d
-        The layer.
-    inputs : Tensor
-        ``(N, C, *spatial)``.
-    output_gradient : Tensor
-        ``k = ∂L/∂z``, ``(N, C_out, *output)``.
-
-    Returns
-    -------
-    Tensor
-        Shaped as ``conv.weight``, float64.
-
-    Raises
-    ------
-    UnsupportedLayerError
-        If ``conv`` is not a convolution.
-    InvalidTensorError
-        If shapes do not belong together, or a tensor is not finite floating point.
+        The layer; the result has the shape of its weight.
+    inputs, output_gradient : Tensor, (N, C, …) and (N, C_out, …)
+        ``x`` and ``k = ∂L/∂z``.
     """
-    seen, k = _seen(conv, inputs, output_gradient)
-    return _weighted_sum(conv, seen, k)
+    windows = _windows(conv, inputs)
+    axes = len(conv.kernel_size)
+    shape = (len(inputs), conv.out_channels, *windows.shape[2 : 2 + axes])
+    checks.fits(output_gradient, "output_gradient", shape)
+    k = output_gradient.reshape(len(inputs), conv.groups, -1, math.prod(shape[2:]))
+    seen = patches(conv, inputs)
+    seen = seen.reshape(*seen.shape[:2], conv.groups, -1)
+    return torch.einsum("ngfp,npgj->gfj", k, seen).reshape(conv.weight.shape)
 
 
-def signed_mean_patch(conv: Conv, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+@checked
+def signed_mean_patch(
+    conv: Conv, inputs: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N F ..."]
+) -> Tensor:
     r""":math:`\sum_p k_f(p)\,\mathrm{patch}_p(x) \,/\, \sum_p k_f(p)`, one for each filter.
 
     What the bias ratio ``∂L/∂W_f ÷ ∂L/∂b_f`` must equal: a mean of all patches whose weights sum
-    to one but may be negative or larger than one. Implements :eq:`fan-mean-patch`.
+    to one but may be negative or larger than one; NaN for a filter whose ``k`` sums to zero,
+    VanishingGradientError if ``k`` is zero everywhere. Implements :eq:`fan-mean-patch`.
 
     Parameters
     ----------
     conv, inputs, output_gradient
-        As for :func:`weight_gradient`.
-
-    Returns
-    -------
-    Tensor
-        Shaped as ``conv.weight``, float64; NaN for a filter whose ``k`` sums to exactly zero,
-        which has no such mean.
-
-    Raises
-    ------
-    UnsupportedLayerError, InvalidTensorError
-        As :func:`weight_gradient`.
-    VanishingGradientError
-        If ``k`` is zero everywhere.
+        As for :func:`weight_gradient`, as is the result.
     """
-    seen, k = _seen(conv, inputs, output_gradient)
-    checks.not_all_zero(k, "output_gradient")
-    total = k.sum(dim=(0, 2), keepdim=True)
-    shares = torch.where(total == 0, torch.nan, k / total)
-    return _weighted_sum(conv, seen, shares)
+    summed = weight_gradient(conv, inputs, output_gradient)
+    total = checks.not_all_zero(output_gradient, "output_gradient").flatten(2).sum(dim=(0, 2))
+    total = torch.where(total == 0, torch.nan, total)
+    return summed / total.reshape(-1, *[1] * (summed.dim() - 1))
 
 
+@checked
 def recover_input_as_dense(
     conv: Conv,
-    weight_gradient: Tensor,
-    bias_gradient: Tensor,
+    weight_gradient: Float[Tensor, "F C ..."],
+    bias_gradient: Float[Tensor, " F"],
     input_shape: tuple[int, ...],
     reading: str = "filters",
 ) -> Tensor:
@@ -177,154 +153,72 @@ def recover_input_as_dense(
     ----------
     conv : nn.Conv1d, nn.Conv2d or nn.Conv3d
         Only its geometry is used.
-    weight_gradient : Tensor
-        ``∂L/∂W``, shaped as ``conv.weight``.
-    bias_gradient : Tensor
-        ``∂L/∂b``, ``(C_out,)``.
+    weight_gradient, bias_gradient : Tensor, as conv.weight, and (C_out,)
+        ``∂L/∂W`` and ``∂L/∂b``; VanishingGradientError if a group's is zero everywhere.
     input_shape : tuple of int
-        ``(C, *spatial)``, of one input.
+        ``(C, *spatial)``, of one input, and of the result.
     reading : {"filters", "unrolled"}
         ``"filters"``: the matrix has one row for each filter and acts on patches. The rows give
         one patch; it is laid at every position, overlaps averaged; pixels that no patch reaches
-        are 0.
-        ``"unrolled"``: the matrix is :func:`as_dense`. It needs a gradient for each of its rows,
-        which no client sends; the kernel's gradient is put wherever the kernel's weights are,
-        the bias gradient repeated for each position, and its structural zeros count as gradients
-        that are zero. The answer is that of ``"filters"``, each pixel dimmed by the share of
-        positions whose patch covers it.
-
-    Returns
-    -------
-    Tensor
-        Shaped ``input_shape``, float64.
-
-    Raises
-    ------
-    UnsupportedLayerError
-        If ``conv`` is not a convolution.
-    InvalidTensorError
-        If shapes do not belong together, or a tensor is not finite floating point.
-    VanishingGradientError
-        If the bias gradient is zero everywhere in a group.
-    UnknownNameError
-        If the reading is none of the two.
+        are 0. ``"unrolled"``: the matrix is :func:`as_dense`. It needs a gradient for each of its
+        rows, which no client sends; the kernel's gradient is put wherever the kernel's weights
+        are, the bias gradient repeated for each position, and its structural zeros count as
+        gradients that are zero. The answer is that of ``"filters"``, each pixel dimmed by the
+        share of positions whose patch covers it.
 
     Notes
     -----
     Source: Fan et al. (2020). That filters are stacked is the characterisation of Zhang et al.
     (2022); which of the two matrices is meant, they leave open, hence both readings.
     """
-    spatial = _output_shape(conv, input_shape)
-    G = checks.shaped(weight_gradient, "weight_gradient", tuple(conv.weight.shape))
-    b = checks.shaped(bias_gradient, "bias_gradient", (conv.out_channels,))
+    pixels = _pixels(conv, input_shape)
+    checks.fits(weight_gradient, "weight_gradient", conv.weight.shape)
+    checks.fits(bias_gradient, "bias_gradient", (conv.out_channels,))
     if reading not in ("filters", "unrolled"):
         raise UnknownNameError(f'reading is "filters" or "unrolled", not {reading!r}.')
-    patch = _one_patch(conv, G, b)
-    tiled = _lay(conv, patch, input_shape)
-    if reading == "unrolled":
-        return tiled / math.prod(spatial)
-    return tiled / _lay(conv, torch.ones_like(patch), input_shape).clamp(min=1)
-
-
-def _one_patch(conv: Conv, G: Tensor, b: Tensor) -> Tensor:
-    """Least squares over the rows of each group: a patch of all channels, ``(C·k²,)``."""
-    k = b.reshape(conv.groups, -1)
+    k = bias_gradient.reshape(conv.groups, -1)
     for group in k:
         checks.not_all_zero(group, "bias_gradient")
-    rows = G.reshape(conv.groups, k.shape[1], -1)
-    patch = torch.einsum("gf,gfj->gj", k, rows) / k.square().sum(dim=1, keepdim=True)
-    return patch.flatten()
+    G = weight_gradient.reshape(*k.shape, -1)
+    patch = torch.einsum("gf,gfj->gj", k, G) / k.square().sum(dim=1, keepdim=True)
+
+    def laid(one: Tensor) -> Tensor:
+        """Add a patch at every position; a pixel outside, −1, falls to a place of its own."""
+        picture = one.new_zeros(math.prod(input_shape) + 1)
+        parts = one.unsqueeze(1).expand(pixels.shape).flatten()
+        return picture.index_add_(0, pixels.flatten() + 1, parts)[1:].reshape(input_shape)
+
+    if reading == "unrolled":
+        return laid(patch) / pixels.shape[1]
+    return laid(patch) / laid(torch.ones_like(patch)).clamp(min=1)
 
 
-def _lay(conv: Conv, patch: Tensor, input_shape: tuple[int, ...]) -> Tensor:
-    """Add one patch at every position: the adjoint of :func:`patches`."""
-    positions = math.prod(_output_shape(conv, input_shape))
-    pull = vjp(lambda x: _patches(conv, x), patch.new_zeros(1, *input_shape))[1]
-    laid: Tensor = pull(patch.expand(1, positions, -1))[0]
-    return laid[0]
+def _pixels(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
+    """Which pixel each weight of a filter meets at each position, ``(groups, P, J)``; −1: none."""
+    for size in input_shape:
+        checks.whole(size, "every size of input_shape")
+    count = torch.arange(1, math.prod(input_shape) + 1, dtype=torch.float64)
+    seen = patches(conv, count.reshape(1, *input_shape))[0] - 1
+    by_group = seen.long().reshape(len(seen), conv.groups, -1).movedim(1, 0)
+    return by_group.to(conv.weight.device)
 
 
-def _seen(conv: Conv, inputs: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches ``(N, P, C·k²)`` and output gradient ``(N, C_out, P)``."""
-    seen = patches(conv, inputs)
-    spatial = _output_shape(conv, tuple(inputs.shape[1:]))
-    shape = (inputs.shape[0], conv.out_channels, *spatial)
-    return seen, checks.shaped(output_gradient, "output_gradient", shape).flatten(2)
-
-
-def _weighted_sum(conv: Conv, seen: Tensor, k: Tensor) -> Tensor:
-    samples, positions, _ = seen.shape
-    grouped = seen.reshape(samples, positions, conv.groups, -1)
-    by_group = k.reshape(samples, conv.groups, -1, positions)
-    return torch.einsum("ngfp,npgj->gfj", by_group, grouped).reshape(conv.weight.shape)
-
-
-def _patches(conv: Conv, x: Tensor) -> Tensor:
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    seen = F.pad(x, _padding(conv), mode=mode)
-    sizes = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    for axis, (size, stride, dilation) in enumerate(sizes, start=2):
-        seen = seen.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    n = len(conv.kernel_size)  # (N, C, *positions, *places) -> (N, *positions, C, *places)
-    return seen.movedim(1, n + 1).flatten(n + 1).flatten(1, n)
-
-
-def _padding(conv: Conv) -> list[int]:
-    """Both ends of every axis, last axis first, as ``F.pad`` wants them."""
-    ends: list[int] = []
-    for axis in reversed(range(len(conv.kernel_size))):
-        if conv.padding == "same":
-            whole = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-            ends += [whole // 2, whole - whole // 2]
-        else:
-            ends += [0 if conv.padding == "valid" else int(conv.padding[axis])] * 2
-    return ends
-
-
-def _output_shape(conv: Conv, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+def _windows(conv: Conv, x: Tensor) -> Tensor:
+    """Cut the windows that the kernel sees, ``(N, C, *positions, *kernel_size)``."""
+    if not isinstance(conv, Conv):
         raise UnsupportedLayerError(
             f"{type(conv).__name__} is not a convolution: give an nn.Conv1d, Conv2d or Conv3d."
         )
-    axes = len(conv.kernel_size)
-    if len(input_shape) != axes + 1 or input_shape[0] != conv.in_channels:
+    shape, axes = tuple(x.shape[1:]), len(conv.kernel_size)
+    if len(shape) != axes + 1 or shape[0] != conv.in_channels:
         raise InvalidTensorError(
-            f"One input has shape {tuple(input_shape)}, but this layer reads "
-            f"{conv.in_channels} channels over {axes} axes: expected "
-            f"({conv.in_channels}, {', '.join(['any'] * axes)})."
+            f"One input has shape {shape}, but this layer reads {conv.in_channels} channels over "
+            f"{axes} axes: expected ({conv.in_channels}, {', '.join(['any'] * axes)})."
         )
-    ends = _padding(conv)[::-1]
-    output = []
-    for axis, size in enumerate(input_shape[1:]):
-        span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-        room = size + ends[2 * axis] + ends[2 * axis + 1] - span
-        if size < 1 or room < 0:
-            raise InvalidTensorError(
-                f"The kernel spans {span} places of axis {axis + 1}, more than an input of shape "
-                f"{tuple(input_shape)} has with its padding."
-            )
-        output.append(room // conv.stride[axis] + 1)
-    return tuple(output)
-
-
-def _without_bias(conv: Conv) -> Callable[[Tensor], Tensor]:
-    constants = {
-        name: torch.zeros_like(value, dtype=torch.float64)
-        if name == "bias"
-        else value.detach().to(torch.float64)
-        for name, value in conv.named_parameters()
-    }
-
-    def apply(x: Tensor) -> Tensor:
-        output: Tensor = functional_call(conv, constants, (x,))
-        return output
-
-    return apply
-
-
-def _units(first: int, last: int, size: int, like: Tensor) -> Tensor:
-    """Rows ``first`` to ``last`` of the identity."""
-    units = like.new_zeros(last - first, size)
-    places = torch.arange(last - first, device=like.device)
-    units[places, places + first] = 1
-    return units
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    with checks.fitting(f"An input of shape {shape} does not fit {conv}"):
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode)  # as conv.forward pads
+        for axis, size in enumerate(conv.kernel_size, start=2):
+            dilation, stride = conv.dilation[axis - 2], conv.stride[axis - 2]
+            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "DoesNotApplyError",
+    "GradientInversionError",
+    "InconsistentGradientError",
+    "InvalidArgumentError",
+    "InvalidTensorError",
+    "MissingExtraError",
+    "NotRecoveredError",
+    "RayStartError",
+    "ResultsFileError",
+    "UndeterminedScaleError",
+    "UnknownNameError",
+    "UnsupportedLayerError",
+    "UnsupportedLossError",
+    "UpdateFileError",
+    "VanishingGradientError",
+]
+
 
 class GradientInversionError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -35,10 +53,6 @@ class UpdateFileError(GradientInversionError, OSError):
     """An update file is missing, truncated, or holds something else."""
 
 
-class ModelFileError(GradientInversionError, OSError):
-    """A model file is missing, damaged, or holds no program of ``torch.export``."""
-
-
 class UnknownNameError(GradientInversionError, LookupError):
     """No picture, model or method goes by this name; the message lists those that do."""
 
@@ -55,5 +69,13 @@ class MissingExtraError(GradientInversionError, ImportError):
     """A part of the package needs something that is not installed; the message names the extra."""
 
 
+class RayStartError(GradientInversionError, RuntimeError):
+    """Ray did not start or did not last on this machine, mostly for want of time."""
+
+
 class ResultsFileError(GradientInversionError, OSError):
     """A results file is damaged, or was made by other versions or with other settings."""
+
+
+class DoesNotApplyError(GradientInversionError):
+    """An attack or a defense has no meaning for this network; the message is the reason."""

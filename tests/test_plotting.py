@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 
 import matplotlib
@@ -16,8 +16,9 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
-from gradinv_edu import data, plotting
-from gradinv_edu.errors import InvalidTensorError
+from gradinv_edu.errors import InvalidArgumentError, InvalidTensorError
+from gradinv_edu.kit import data, plotting
+from gradinv_edu.kit.plotting import COLOURS, compare, curves, gallery
 
 # Machado, Oliveira and Fernandes (2009), full severity, on linear RGB
 SIGHT = {
@@ -49,30 +50,31 @@ def _titles(figure: plt.Figure) -> list[str]:
     return [axes.get_title() for axes in figure.axes]
 
 
+def _shown(figure: plt.Figure, place: int) -> np.ndarray:
+    return np.asarray(figure.axes[place].images[0].get_array())
+
+
 @pytest.mark.parametrize("sight", SIGHT)
-def test_colours_stay_apart(sight: str) -> None:
+def test_colours_stay_apart_and_stand_out_from_white(sight: str) -> None:
     from skimage.color import deltaE_ciede2000, rgb2lab
 
-    linear = np.clip(_linear(plotting.COLOURS) @ np.array(SIGHT[sight]).T, 0, 1)
+    linear = np.clip(_linear(COLOURS) @ np.array(SIGHT[sight]).T, 0, 1)
     seen = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     lab = rgb2lab(seen[None])[0]
     assert min(deltaE_ciede2000(a, b) for a, b in combinations(lab, 2)) > 15
-
-
-def test_colours_stand_out_from_white() -> None:
-    luminance = _linear(plotting.COLOURS) @ [0.2126, 0.7152, 0.0722]
+    luminance = _linear(COLOURS) @ [0.2126, 0.7152, 0.0722]
     assert (1.05 / (luminance + 0.05)).min() > 3  # WCAG 2.1, graphics
 
 
 def test_compare_shows_truth_recovery_and_amplified_difference() -> None:
     truth = data.photo("cat", 16, torch.float64)
-    recovered = truth + 3e-13
-    figure = plotting.compare(truth, recovered)
+    figure = compare(truth, truth + 3e-13)
     assert _titles(figure) == ["truth", "recovered", "difference × 1e12"]
-    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
-    assert np.array_equal(shown[0], truth[0].permute(1, 2, 0).numpy())
-    assert np.allclose(shown[1], shown[0], atol=1e-12)
-    assert np.allclose(shown[2], 0.5 + 0.15, atol=1e-3)
+    assert np.array_equal(_shown(figure, 0), truth[0].permute(1, 2, 0).numpy())
+    assert np.allclose(_shown(figure, 1), _shown(figure, 0), atol=1e-12)
+    assert np.allclose(_shown(figure, 2), 0.5 + 0.15, atol=1e-3)
+    grey = compare(data.digit(3)[0, 0], data.digit(3)[0]).axes[0].images[0]
+    assert grey.get_cmap().name == "gray" and grey.get_clim() == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -88,62 +90,33 @@ def test_compare_shows_truth_recovery_and_amplified_difference() -> None:
 )
 def test_the_gain_is_printed(difference: float, gain: float, title: str) -> None:
     truth = data.digit(3, dtype=torch.float64)
-    assert _titles(plotting.compare(truth, truth + difference, gain=gain))[2] == title
+    assert _titles(compare(truth, truth + difference, gain=gain))[2] == title
 
 
 def test_compare_takes_many_rows_and_flat_recoveries() -> None:
     truth = torch.cat([data.photo("cat", 8), data.photo("coffee", 8)])
-    figure = plotting.compare(truth, truth.double().flatten(), ("x", "y", "z"))
-    assert len(figure.axes) == 6
-    assert _titles(figure) == ["x", "y", "z: none", "", "", ""]
-    shown = np.asarray(figure.axes[4].images[0].get_array())
-    assert np.array_equal(shown, truth[1].double().permute(1, 2, 0).numpy())
-    mixed = [data.digit(1), data.photo("cat", 8)]
-    assert len(plotting.compare(mixed, mixed).axes) == 6
-
-
-def test_compare_takes_a_list_of_flat_recoveries() -> None:
-    truth = [data.photo("cat", (6, 8))[0], data.digit(1)[0]]
-    for shape in ((-1,), (1, -1)):
-        figure = plotting.compare(truth, [t.reshape(shape) for t in truth])
-        assert _titles(figure)[2] == "difference: none"
-        assert len(figure.axes) == 6
-    with pytest.raises(InvalidTensorError, match=r"shape \(60,\).*\.reshape\(1, height, width\)"):
-        plotting.compare(truth[1:], [truth[1].flatten()[:60]])
-    with pytest.raises(InvalidTensorError, match=r"truth has shape \(64,\).*\.reshape"):
-        plotting.compare([truth[1].flatten()], truth[1:])
-
-
-def test_a_picture_on_its_side_is_not_read_as_flat() -> None:
-    cat = data.photo("cat", (6, 8))
-    with pytest.raises(InvalidTensorError, match="must pair up"):
-        plotting.compare(cat, cat.transpose(2, 3))
-
-
-def test_what_is_no_tensor_or_empty_is_refused_by_name() -> None:
-    with pytest.raises(InvalidTensorError, match=r"pictures must be .*, got NoneType"):
-        plotting.gallery(None)  # type: ignore[arg-type]
-    with pytest.raises(InvalidTensorError, match=r"recovered must be .*, got ndarray"):
-        plotting.compare(data.digit(1), data.digit(1).numpy())  # type: ignore[arg-type]
-    with pytest.raises(InvalidTensorError, match="pictures holds no picture"):
-        plotting.gallery(torch.zeros(0, 1, 8, 8))
-
-
-def test_grey_is_drawn_grey() -> None:
-    figure = plotting.compare(data.digit(3)[0, 0], data.digit(3)[0])
-    assert figure.axes[0].images[0].get_cmap().name == "gray"
-    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    mixed = [data.photo("cat", (6, 8))[0], data.digit(1)[0]]
+    for truths, recovered in [
+        (truth, truth.double().flatten()),
+        (truth, truth.flatten(1)),
+        (truth, list(truth.flatten(1))),
+        (mixed, mixed),
+        *[(mixed, [t.reshape(shape) for t in mixed]) for shape in ((-1,), (1, -1))],
+    ]:
+        figure = compare(truths, recovered, ("x", "y", "z"))
+        assert _titles(figure) == ["x", "y", "z: none", "", "", ""]
+        assert np.array_equal(_shown(figure, 4), _shown(figure, 3))
 
 
 def test_gallery_shows_each_picture_under_its_title() -> None:
     names = ["cat", "rocket", "china"]
-    figure = plotting.gallery([data.photo(n, (12, 16)) for n in names], names, columns=2)
+    figure = gallery([data.photo(n, (12, 16)) for n in names], names, columns=2)
     assert _titles(figure) == [*names, ""]
     assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 0]
 
 
 def test_curves_differ_in_more_than_colour() -> None:
-    figure = plotting.curves([1, 10], {"a": [1, 2], "b": [3, 4]}, "steps", "error", log="xy")
+    figure = curves([1, 10], {"a": [1, 2], "b": [3, 4]}, "steps", "error", log="xy")
     first, second = figure.axes[0].lines
     assert first.get_linestyle() != second.get_linestyle()
     assert first.get_marker() != second.get_marker()
@@ -152,43 +125,46 @@ def test_curves_differ_in_more_than_colour() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_figure_is_small_opaque_and_draws_without_a_warning() -> None:
-    truth = data.photo("astronaut", 64)
-    file = io.BytesIO()
-    plotting.compare(truth, truth).savefig(file, format="png", bbox_inches="tight")
+def test_a_figure_is_small_opaque_and_in_its_own_style() -> None:
+    truth, file = data.photo("astronaut", 64), io.BytesIO()
+    compare(truth, truth).savefig(file, format="png", bbox_inches="tight")
     assert len(file.getvalue()) < 120_000
     file.seek(0)
     assert plt.imread(file)[..., 3].min() == 1
-
-
-def test_style_is_put_back() -> None:
-    before = matplotlib.rcParams["axes.spines.top"]
     with plotting.style():
         assert not matplotlib.rcParams["axes.spines.top"]
-    assert matplotlib.rcParams["axes.spines.top"] == before
 
 
-def test_what_is_no_picture_is_refused() -> None:
-    cat = data.photo("cat", 8)
-    with pytest.raises(InvalidTensorError, match=r"a picture is \(H, W\)"):
-        plotting.gallery(torch.zeros(2, 8, 8))
-    with pytest.raises(InvalidTensorError, match="recovered has 192 NaN"):
-        plotting.compare(cat, cat * torch.nan)
-    with pytest.raises(InvalidTensorError, match="they must pair up"):
-        plotting.compare(cat, data.photo("cat", 9))
-    with pytest.raises(InvalidTensorError, match="pictures holds no picture"):
-        plotting.gallery([])
-    with pytest.raises(InvalidTensorError, match="'a' has 1 points, x has 2"):
-        plotting.curves([1, 2], {"a": [1]}, "x", "y")
+CAT, ONE = data.photo("cat", (6, 8)), data.digit(1)
 
 
-def test_impossible_settings_are_refused() -> None:
-    cat = data.photo("cat", 8)
-    with pytest.raises(ValueError, match="titles are three"):
-        plotting.compare(cat, cat, ("a", "b"))
-    with pytest.raises(ValueError, match="gain is a positive number"):
-        plotting.compare(cat, cat, gain=-1)
-    with pytest.raises(ValueError, match="1 pictures need as many titles, got 2"):
-        plotting.gallery(cat, ["a", "b"])
-    with pytest.raises(ValueError, match="columns must be one or more"):
-        plotting.gallery(cat, columns=0)
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (InvalidTensorError, r"pictures must be .*, got NoneType", lambda: gallery(None)),
+        (InvalidTensorError, "recovered must be .*, got ndarray",
+         lambda: compare(ONE, ONE.numpy())),
+        (InvalidTensorError, "pictures holds no picture", lambda: gallery(torch.zeros(0, 1, 8, 8))),
+        (InvalidTensorError, "pictures holds no picture", lambda: gallery([])),
+        (InvalidTensorError, r"a picture is \(H, W\)", lambda: gallery(torch.zeros(2, 8, 8))),
+        (InvalidTensorError, "recovered has 144 NaN", lambda: compare(CAT, CAT * torch.nan)),
+        (InvalidTensorError, "must pair up", lambda: compare(CAT, data.photo("cat", 9))),
+        (InvalidTensorError, "must pair up", lambda: compare(CAT, CAT.transpose(2, 3))),
+        (InvalidTensorError, r"shape \(60,\).*\.reshape\(1, height, width\)",
+         lambda: compare(ONE[0], [ONE.flatten()[:60]])),
+        (InvalidTensorError, r"truth has shape \(64,\).*\.reshape",
+         lambda: compare([ONE.flatten()], ONE)),
+        (InvalidTensorError, "'a' has 1 points, x has 2",
+         lambda: curves([1, 2], {"a": [1]}, "x", "y")),
+        (InvalidArgumentError, "titles are three", lambda: compare(CAT, CAT, ("a", "b"))),
+        (InvalidArgumentError, "gain is a positive number", lambda: compare(CAT, CAT, gain=-1)),
+        (InvalidArgumentError, "1 pictures need as many titles, got 2",
+         lambda: gallery(CAT, ["a", "b"])),
+        (InvalidArgumentError, "columns must be a whole number", lambda: gallery(CAT, columns=0)),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused(
+    error: type[Exception], message: str, call: Callable[[], object]
+) -> None:
+    with pytest.raises(error, match=message):
+        call()

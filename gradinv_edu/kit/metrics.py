@@ -1,16 +1,22 @@
-r"""How near a recovered picture is to the truth."""
+r"""How near a recovered picture is to the truth, and how often a recovery succeeds.
+
+Pictures are compared in float64, whatever their precision. What cannot be compared (shapes that
+differ, NaN or infinite entries) raises InvalidTensorError, a number that cannot be
+InvalidArgumentError.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from torch import Tensor
 
-from . import checks
-from .errors import InvalidArgumentError, InvalidTensorError
+from .. import checks
+from ..errors import InvalidArgumentError, InvalidTensorError
+
+__all__ = ["Rate", "psnr", "relative_error", "ssim", "success_rate", "wilson_interval"]
 
 # Wang et al. (2004): a Gaussian window of 11 pixels with standard deviation 1.5
 _WINDOW, _SIGMA = 11, 1.5
@@ -19,28 +25,18 @@ _WINDOW, _SIGMA = 11, 1.5
 def psnr(a: Tensor, b: Tensor, data_range: float = 1.0) -> float:
     r""":math:`10 \log_{10}(r^2 / \mathrm{MSE})`: peak signal-to-noise ratio in decibels.
 
+    About 30 where differences can be seen, 50 where they cannot, over 250 where float64 is
+    exhausted; infinite if ``a`` and ``b`` are equal.
+
     Parameters
     ----------
     a, b : Tensor
-        The two pictures, in any order, of equal shape and any floating-point dtype.
+        The two pictures, in any order, of equal shape.
     data_range : float
         :math:`r`, the largest difference that two pixels can have: 1 for pictures in [0, 1].
-
-    Returns
-    -------
-    float
-        About 30 where differences can be seen, 50 where they cannot, over 250 where float64 is
-        exhausted; infinite if ``a`` and ``b`` are equal.
-
-    Raises
-    ------
-    InvalidTensorError
-        If the shapes differ, or an entry is NaN or infinite.
-    ValueError
-        If ``data_range`` is not positive.
     """
     a, b = _pair(a, b)
-    _positive(data_range)
+    checks.number(data_range, "data_range", "positive: 1 for [0, 1]", lambda r: r > 0)
     mse = float((a - b).square().mean())
     return math.inf if mse == 0 else 20 * math.log10(data_range) - 10 * math.log10(mse)
 
@@ -49,26 +45,15 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> float:
     r""":math:`\frac{(2\mu_a\mu_b + c_1)(2\sigma_{ab} + c_2)}{(\mu_a^2 + \mu_b^2 + c_1)(\sigma_a^2 + \sigma_b^2 + c_2)}`.
 
     Structural similarity, averaged over Gaussian windows and channels, as torchmetrics
-    computes it (the border mirrored). Pictures with a side under 11 pixels get a smaller window of the same form.
+    computes it (the border mirrored): 1 for equal pictures, about 0 for unrelated ones. Pictures
+    with a side under 11 pixels get a smaller window of the same form.
 
     Parameters
     ----------
     a, b : Tensor, (H, W), (C, H, W) or (N, C, H, W)
-        The two pictures, in any order, of equal shape and any floating-point dtype.
+        The two pictures, in any order, of equal shape, 3 pixels a side or more.
     data_range : float
         The largest difference that two pixels can have: 1 for pictures in [0, 1].
-
-    Returns
-    -------
-    float
-        1 for equal pictures, about 0 for unrelated ones.
-
-    Raises
-    ------
-    InvalidTensorError
-        If the shapes differ, a side is under 3 pixels, or an entry is NaN or infinite.
-    ValueError
-        If ``data_range`` is not positive.
 
     Notes
     -----
@@ -77,7 +62,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = _pair(a, b)
-    _positive(data_range)
+    checks.number(data_range, "data_range", "positive: 1 for [0, 1]", lambda r: r > 0)
     if not 2 <= a.dim() <= 4 or min(a.shape[-2:]) < 3:
         raise InvalidTensorError(
             f"SSIM compares pictures (…, H, W) of 3 pixels a side or more, got {tuple(a.shape)}."
@@ -94,20 +79,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> float:
 def relative_error(a: Tensor, b: Tensor) -> float:
     r""":math:`\lVert a - b \rVert / \lVert b \rVert`, the error of ``a`` against the truth ``b``.
 
-    Parameters
-    ----------
-    a, b : Tensor
-        Recovery and truth, of equal shape and any floating-point dtype.
-
-    Returns
-    -------
-    float
-        0 if they are equal; infinite if only the truth is zero.
-
-    Raises
-    ------
-    InvalidTensorError
-        If the shapes differ, or an entry is NaN or infinite.
+    Of tensors of equal shape; 0 if they are equal, infinite if only the truth is zero.
     """
     a, b = _pair(a, b)
     error, size = float((a - b).norm()), float(b.norm())
@@ -120,12 +92,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 class Rate:
     """A share of trials that succeeded, with the interval that the number of trials allows.
 
-    Attributes
-    ----------
-    successes, trials : int
-        Counted.
-    low, high : float
-        Ends of Wilson's interval, between 0 and 1.
+    ``low`` and ``high`` are the ends of Wilson's interval, between 0 and 1.
     """
 
     successes: int
@@ -144,24 +111,7 @@ class Rate:
 
 
 def success_rate(outcomes: Iterable[bool], confidence: float = 0.95) -> Rate:
-    """Count successes and say how far the count may be trusted.
-
-    Parameters
-    ----------
-    outcomes : iterable of bool
-        One for each trial, the trials being independent.
-    confidence : float
-        Of the interval, between 0 and 1.
-
-    Returns
-    -------
-    Rate
-
-    Raises
-    ------
-    InvalidArgumentError
-        If there is no trial, or the confidence cannot be.
-    """
+    """Count successes of independent trials and say how far the count may be trusted."""
     counted = [bool(outcome) for outcome in outcomes]
     successes = sum(counted)
     return Rate(successes, len(counted), *wilson_interval(successes, len(counted), confidence))
@@ -170,42 +120,30 @@ def success_rate(outcomes: Iterable[bool], confidence: float = 0.95) -> Rate:
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     r""":math:`\frac{1}{1 + q^2/n}\bigl(\hat p + \tfrac{q^2}{2n} \pm q\sqrt{\tfrac{\hat p(1-\hat p)}{n} + \tfrac{q^2}{4n^2}}\bigr)`.
 
-    All rates that would not make this count improbable: unlike the usual plus or minus, it stays
-    within [0, 1] and does not shrink to nothing where every trial succeeds. Implements
-    :eq:`wilson-interval`.
+    All rates that would not make this count improbable, with the normal quantile :math:`q` at
+    :math:`(1 + \text{confidence})/2`: unlike the usual plus or minus, it stays within [0, 1] and
+    does not shrink to nothing where every trial succeeds. Implements :eq:`wilson-interval`.
 
     Parameters
     ----------
     successes, trials : int
         :math:`\hat p n` and :math:`n`.
     confidence : float
-        Between 0 and 1; :math:`q` is the normal quantile at :math:`(1 + \text{confidence})/2`.
-
-    Returns
-    -------
-    low, high : float
         Between 0 and 1.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the counts or the confidence cannot be.
 
     Notes
     -----
     Source: Wilson (1927).
     """  # noqa: E501
+    from scipy.stats import binomtest
+
     if trials < 1 or not 0 <= successes <= trials:
         raise InvalidArgumentError(
             f"{successes} successes of {trials} trials cannot be: give 0 to trials, of 1 or more."
         )
-    if not 0 < confidence < 1:
-        raise InvalidArgumentError(f"confidence must lie between 0 and 1, got {confidence!r}.")
-    q, n, share = NormalDist().inv_cdf((1 + confidence) / 2), trials, successes / trials
-    centre = share + q**2 / (2 * n)
-    reach = q * math.sqrt(share * (1 - share) / n + q**2 / (4 * n**2))
-    low, high = ((centre + side * reach) / (1 + q**2 / n) for side in (-1, 1))
-    return max(min(low, share), 0.0), min(max(high, share), 1.0)  # rounding must not cut it off
+    checks.number(confidence, "confidence", "between 0 and 1", lambda c: 0 < c < 1)
+    interval = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,8 +153,3 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; compare like with like."
         )
     return a, b.to(a.device)
-
-
-def _positive(data_range: float) -> None:
-    if not data_range > 0 or not math.isfinite(data_range):
-        raise ValueError(f"data_range must be positive, got {data_range!r}: 1 for [0, 1].")

@@ -20,11 +20,13 @@ import torch
 import traitlets
 from torch import Tensor
 
+from ..errors import GradientInversionError, InvalidArgumentError
 from . import data, metrics, models, plotting
-from .errors import GradientInversionError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+__all__ = ["FRONTEND", "Frame", "Pad", "Slider", "compared", "pad", "slider"]
 
 FRONTEND = Path(__file__).parent / "frontend"
 SIDE = 28
@@ -40,16 +42,9 @@ SEEN = (
 
 @dataclass(frozen=True)
 class Frame:
-    """What a slider shows at one value.
+    """What a slider shows at one value: a figure, and what it tells readers who hear the page.
 
-    Attributes
-    ----------
-    figure : matplotlib.figure.Figure
-        The picture, as drawn by :mod:`gradinv_edu.plotting`.
-    alt : str
-        What is to be seen, for readers who hear the page.
-    numbers : mapping of str to str
-        The figures under the picture, and a row of the table; the same names in every frame.
+    ``numbers`` stand under the picture, and are a row of the table: the same names in every frame.
     """
 
     figure: Figure
@@ -58,21 +53,10 @@ class Frame:
 
 
 def compared(truth: Tensor, recovered: Tensor, what: str, **numbers: str) -> Frame:
-    """Draw a picture beside its recovery and the difference, as a slider's frame.
+    """Draw :func:`~gradinv_edu.kit.plotting.compare` as a slider's frame.
 
-    Parameters
-    ----------
-    truth, recovered : Tensor
-        As :func:`gradinv_edu.plotting.compare` takes them.
-    what : str
-        What the picture shows, for the alternative text.
-    **numbers : str
-        More figures for the table, beside PSNR and relative error.
-
-    Returns
-    -------
-    Frame
-        With an alternative text that says how good the recovery is.
+    ``what`` the picture shows goes into the alternative text, which says too how good the recovery
+    is; ``numbers`` are more figures for the table, beside PSNR and relative error.
     """
     answer = recovered.reshape(truth.shape).double()
     decibel = metrics.psnr(answer.clamp(0, 1), truth.double())
@@ -85,17 +69,7 @@ def compared(truth: Tensor, recovered: Tensor, what: str, **numbers: str) -> Fra
 
 
 class Slider(anywidget.AnyWidget):
-    """A slider over frames; made by :func:`slider`.
-
-    Attributes
-    ----------
-    label : str
-        What the slider moves.
-    frames : list of dict
-        ``name``, ``src``, ``alt`` and ``numbers`` of each.
-    index : int
-        Which of them is shown.
-    """
+    """A slider, ``label``, over ``frames``, of which ``index`` is shown; made by :func:`slider`."""
 
     _esm = FRONTEND / "slider.js"
     _css = FRONTEND / "widgets.css"
@@ -113,13 +87,7 @@ class Slider(anywidget.AnyWidget):
         return f"a slider, {self.label}: {', '.join(names)}"
 
     def compute(self, value: float) -> None:
-        """Work out the frame of another value, put it in its place among the others, show it.
-
-        Parameters
-        ----------
-        value : float
-            Any value that the slider's function takes.
-        """
+        """Work out the frame of another value, put it in its place among the others, show it."""
         if value not in self._values:
             frames = {**dict(zip(self._values, self.frames, strict=True)), value: self._show(value)}
             self._values = sorted(frames)
@@ -166,17 +134,6 @@ def slider(
         The place that is shown first.
     name : callable
         From a value to how it is written.
-
-    Returns
-    -------
-    Slider
-        The last value of a cell shows it.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If there are no two values, ``start`` is none of them, a frame has no alternative text,
-        or frames do not have the same numbers.
     """
     if len(values) < 2 or not 0 <= start < len(values):
         raise InvalidArgumentError(
@@ -195,18 +152,10 @@ def slider(
 
 
 class Pad(anywidget.AnyWidget):
-    """A neuron to draw for; made by :func:`pad`.
+    """A neuron to draw for, of this ``weight``; made by :func:`pad`.
 
-    Attributes
-    ----------
-    side : int
-        Height and width of the drawing.
-    weight : list of float
-        The neuron's.
-    picture : list of float
-        What is drawn, row by row, in [0, 1]; follows the pen in a live notebook.
-    examples : dict of str to list of float
-        Drawings to begin with.
+    ``picture`` is what is drawn, row by row, in [0, 1], and follows the pen in a live notebook;
+    ``examples`` are drawings to begin with.
     """
 
     _esm = FRONTEND / "pad.js"
@@ -230,11 +179,6 @@ def pad() -> Pad:
 
     The gradient of one neuron with the logistic loss, and its bias ratio, computed by the
     browser for whatever is drawn or dropped on it, at any bias, noise and number format.
-
-    Returns
-    -------
-    Pad
-        The last value of a cell shows it.
     """
     _welcome_widgets()
     neuron: Any = models.perceptron(SIDE * SIDE, dtype=torch.float64)

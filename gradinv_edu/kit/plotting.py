@@ -1,7 +1,12 @@
 """Figures in one calm style, legible on light and dark pages alike.
 
 Figures are drawn on opaque white: their ink is dark, so on a transparent ground it would vanish
-on a dark page, and greys that are data must not change with the page behind them.
+on a dark page, and greys that are data must not change with the page behind them. Every figure
+comes back registered with pyplot, so that ``plt.show()`` shows it.
+
+A picture is a tensor, (H, W), (1, H, W) or (3, H, W), in [0, 1]; pictures are one such, a batch
+(N, C, H, W), or a sequence of either, whose sizes may differ. Something else, or NaN and infinite
+entries, raises InvalidTensorError; settings that cannot be raise InvalidArgumentError.
 """
 
 from __future__ import annotations
@@ -14,13 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from . import checks
-from .errors import InvalidArgumentError, InvalidTensorError
+from .. import checks
+from ..errors import InvalidArgumentError, InvalidTensorError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["COLOURS", "Palette", "compare", "curves", "gallery", "style"]
+
+Pictures = Tensor | Sequence[Tensor]
 Gain = float | Literal["auto"]
 Pixels = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -52,13 +60,7 @@ _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the course's style inside this context; settings are put back afterwards.
-
-    Yields
-    ------
-    None
-        Nothing: ``with style(): plt.plot(…)``.
-    """
+    """Draw in the course's style inside ``with style():``; settings are put back afterwards."""
     import matplotlib.pyplot as plt
 
     settings: Any = _settings()  # matplotlib's stubs name each key, in some versions
@@ -67,8 +69,8 @@ def style() -> Iterator[None]:
 
 
 def compare(
-    truth: Tensor | Sequence[Tensor],
-    recovered: Tensor | Sequence[Tensor],
+    truth: Pictures,
+    recovered: Pictures,
     titles: Sequence[str] = ("truth", "recovered", "difference"),
     gain: Gain = "auto",
 ) -> Figure:
@@ -78,28 +80,14 @@ def compare(
 
     Parameters
     ----------
-    truth : Tensor, (N, C, H, W), (C, H, W) or (H, W), or a sequence of such
-        In [0, 1], one or three channels.
-    recovered : Tensor or sequence
-        As ``truth``; a flat recovery, or one in a list, takes its truth's shape. Clipped to
-        [0, 1] to be shown.
+    truth, recovered : pictures
+        A flat recovery, of one picture or of all, takes its truth's shape. Recoveries are
+        clipped to [0, 1] to be shown.
     titles : sequence of str
         Of the three columns.
     gain : float or "auto"
         Factor by which differences are multiplied, printed in the third title. ``"auto"``: the
         power of ten that brings their root mean square, in the worst row, between 0.1 and 1.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Registered with pyplot, so that ``plt.show()`` shows it.
-
-    Raises
-    ------
-    InvalidTensorError
-        If the pictures do not pair up, are not pictures, or hold NaN or infinite entries.
-    InvalidArgumentError
-        If there are not three titles or the gain is not positive.
     """
     truths = _pictures(truth, "truth")
     answers = _answers(recovered, truths)
@@ -116,39 +104,14 @@ def compare(
 
 
 def gallery(
-    pictures: Tensor | Sequence[Tensor],
-    titles: Sequence[str] | None = None,
-    columns: int | None = None,
+    pictures: Pictures, titles: Sequence[str] | None = None, columns: int | None = None
 ) -> Figure:
-    """Show pictures in a grid.
-
-    Parameters
-    ----------
-    pictures : Tensor, (N, C, H, W), (C, H, W) or (H, W), or a sequence of such
-        In [0, 1], one or three channels; sizes may differ in a sequence.
-    titles : sequence of str, optional
-        One for each picture.
-    columns : int, optional
-        At most this many in a row; ``None``: up to six.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Registered with pyplot, so that ``plt.show()`` shows it.
-
-    Raises
-    ------
-    InvalidTensorError
-        If something is not a picture or holds NaN or infinite entries.
-    InvalidArgumentError
-        If there are not as many titles as pictures, or ``columns`` is not positive.
-    """
+    """Show pictures in a grid of at most ``columns`` (six), each under its own title."""
     shown = _pictures(pictures, "pictures")
     if titles is not None and len(titles) != len(shown):
         raise InvalidArgumentError(f"{len(shown)} pictures need as many titles, got {len(titles)}.")
-    if columns is not None and columns < 1:
-        raise InvalidArgumentError(f"columns must be one or more, got {columns}.")
-    return _grid(shown, list(titles or []), min(columns or 6, len(shown)))
+    columns = 6 if columns is None else checks.whole(columns, "columns")
+    return _grid(shown, list(titles or []), min(columns, len(shown)))
 
 
 def curves(
@@ -160,30 +123,10 @@ def curves(
     log: Literal["", "x", "y", "xy"] = "",
     title: str | None = None,
 ) -> Figure:
-    """Draw labelled curves over one axis, told apart by colour, dash and marker.
+    """Draw curves over the places ``x``, told apart by colour, dash and marker.
 
-    Parameters
-    ----------
-    x : sequence of float
-        Places, shared by all curves.
-    ys : mapping of str to sequence of float
-        Curves by their labels; NaN leaves a gap.
-    xlabel, ylabel : str
-        Of the axes, with units.
-    log : {"", "x", "y", "xy"}
-        Which axes are logarithmic.
-    title : str, optional
-        Above the axes.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Registered with pyplot, so that ``plt.show()`` shows it.
-
-    Raises
-    ------
-    InvalidTensorError
-        If a curve has not as many points as ``x``.
+    ``ys`` has their values by their labels; NaN leaves a gap. ``log`` says which axes are
+    logarithmic, ``xlabel`` and ``ylabel`` with units what they show.
     """
     import matplotlib.pyplot as plt
 
@@ -192,7 +135,9 @@ def curves(
         for place, (label, y) in enumerate(ys.items()):
             if len(y) != len(x):
                 raise InvalidTensorError(f"{label!r} has {len(y)} points, x has {len(x)}.")
-            axes.plot(x, y, label=label, **_pen(place))
+            kind = place % len(COLOURS)
+            look = {"color": COLOURS[kind], "marker": _MARKERS[kind], "linestyle": _LINES[kind]}
+            axes.plot(x, y, label=label, **look)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
         axes.set_xscale("log" if "x" in log else "linear")
         axes.set_yscale("log" if "y" in log else "linear")
@@ -233,11 +178,6 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def _pen(place: int) -> dict[str, Any]:
-    kind = place % len(COLOURS)
-    return {"color": COLOURS[kind], "marker": _MARKERS[kind], "linestyle": _LINES[kind]}
-
-
 def _grid(pictures: Sequence[Pixels], titles: Sequence[str], columns: int) -> Figure:
     """Lay pictures out row by row; titles go to the first cells."""
     import matplotlib.pyplot as plt
@@ -265,7 +205,7 @@ def _panel(axes: Axes, picture: Pixels | None) -> None:
         axes.imshow(np.clip(picture, 0, 1), vmin=0, vmax=1)
 
 
-def _pictures(pictures: Tensor | Sequence[Tensor], name: str) -> list[Pixels]:
+def _pictures(pictures: Pictures, name: str) -> list[Pixels]:
     if isinstance(pictures, Tensor):
         shown = [_pixels(p, name) for p in (pictures if pictures.dim() == 4 else [pictures])]
     elif isinstance(pictures, Sequence) and not isinstance(pictures, str):
@@ -293,8 +233,15 @@ def _pixels(picture: Tensor, name: str) -> Pixels:
     return pixels
 
 
-def _answers(recovered: Tensor | Sequence[Tensor], truths: list[Pixels]) -> list[Pixels]:
-    answers = _reshaped(recovered, truths) or _pictures(recovered, "recovered")
+def _answers(recovered: Pictures, truths: list[Pixels]) -> list[Pixels]:
+    """Recoveries as pictures; flat ones take their truths' shapes."""
+    sizes = [t.size for t in truths]
+    if _flat(recovered, sum(sizes), len(truths)):
+        recovered = list(recovered.detach().flatten().split(sizes))  # type: ignore[union-attr]
+    if isinstance(recovered, Sequence) and len(recovered) == len(truths):
+        pairs = zip(recovered, truths, strict=True)
+        recovered = [r.reshape(-1, *t.shape[:2]) if _flat(r, t.size, 1) else r for r, t in pairs]
+    answers = _pictures(recovered, "recovered")
     if [a.shape for a in answers] != [t.shape for t in truths]:
         raise InvalidTensorError(
             f"recovered has {len(answers)} pictures {[a.shape for a in answers]}, "
@@ -303,27 +250,10 @@ def _answers(recovered: Tensor | Sequence[Tensor], truths: list[Pixels]) -> list
     return answers
 
 
-def _reshaped(recovered: Tensor | Sequence[Tensor], truths: list[Pixels]) -> list[Pixels] | None:
-    """Flat recoveries in the truths' shapes; ``None`` where these are no flat ones of this size."""
-    if isinstance(recovered, Tensor):
-        flat = recovered.dim() < 2 or len(recovered) in (1, len(truths))
-        if recovered.dim() > 2 or not flat or recovered.numel() != sum(t.size for t in truths):
-            return None
-        return _shared_out(recovered.detach().flatten(), truths)
-    if not isinstance(recovered, Sequence) or len(recovered) != len(truths):
-        return None
-    found = [_reshaped(r, [t]) for r, t in zip(recovered, truths, strict=True)]
-    alone = [f[0] for f in found if f is not None]
-    return alone if len(alone) == len(truths) else None
-
-
-def _shared_out(flat: Tensor, truths: list[Pixels]) -> list[Pixels]:
-    answers, start = [], 0
-    for pixels in truths:
-        part = flat[start : start + pixels.size].reshape(-1, *pixels.shape[:2])
-        answers.append(_pixels(part, "recovered"))
-        start += pixels.size
-    return answers
+def _flat(pictures: Pictures, size: int, rows: int) -> bool:
+    if not isinstance(pictures, Tensor) or pictures.numel() != size or pictures.dim() > 2:
+        return False
+    return pictures.dim() < 2 or len(pictures) in (1, rows)
 
 
 def _gain(differences: Sequence[Pixels], gain: Gain) -> float:
