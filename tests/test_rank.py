@@ -11,134 +11,126 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import random_net, verdicts
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 import gradinv_edu as gi
-from gradinv_edu import rank
-from gradinv_edu.errors import (
-    GradientInversionError,
-    InvalidArgumentError,
-    InvalidTensorError,
-    UnsupportedLayerError,
-    UnsupportedLossError,
-)
+from gradinv_edu import errors, rank
+from gradinv_edu.engine import auditing, jacobian, leak, segment
+from gradinv_edu.engine.auditing import Auditing, LayerAudit
+from gradinv_edu.engine.walk import Group, State
 from gradinv_edu.systems import LayerSystem
 
 CE = nn.CrossEntropyLoss()
-Pick = Callable[..., int]
+Shape = tuple[int, ...]
 
 
-def picker(generator: torch.Generator) -> Pick:
-    def pick(*options: int) -> int:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
-
-    return pick
-
-
-def random_net(pick: Pick) -> tuple[nn.Module, tuple[int, ...]]:
-    """A small random chain: one to three convolutions of random geometry, then a dense layer."""
-    kinds = [nn.Tanh(), nn.LeakyReLU(0.2), nn.ReLU(), nn.ELU(), nn.Sigmoid(), nn.Softplus()]
-    torch.manual_seed(pick(*range(10**6)))
-    channels, size = pick(1, 2, 3), pick(4, 5)
-    shape = (channels, size, size)
-    layers: list[nn.Module] = []
-    for _ in range(pick(1, 1, 2, 3)):
-        width, groups = pick(2, 3, 4, 6, 8), pick(1, 1, 1, channels)
-        options = {"stride": pick(1, 1, 2), "padding": pick(0, 1), "bias": bool(pick(0, 1))}
-        width += -width % groups
-        layers += [nn.Conv2d(channels, width, pick(1, 2, 3), groups=groups, **options)]
-        layers += [kinds[pick(*range(6))]]
-        channels = width
-        if pick(0, 0, 0, 1):
-            layers.append(nn.AvgPool2d(2, 1))
-    layers.append(nn.Flatten())
-    flat = nn.Sequential(*layers)(torch.zeros(1, *shape)).numel()
-    return nn.Sequential(
-        *layers, nn.Linear(flat, pick(3, 5), bias=bool(pick(0, 1)))
-    ).double(), shape
-
-
-def random_nets(seed: int, count: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
-    pick, found = picker(torch.Generator().manual_seed(seed)), []
-    while len(found) < count:
-        try:
-            found.append(random_net(pick))
-        except RuntimeError:  # a kernel larger than what is left of the picture
-            continue
-    return found
+def matrix_rank(A: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(A, rtol=1e-10)) if A.numel() else 0
 
 
 def dense_rank(system: LayerSystem) -> int:
     """By singular values, of the matrix that the system writes out itself."""
-    return int(torch.linalg.matrix_rank(system.to_dense(scaled=True), rtol=1e-10))
+    return matrix_rank(system.to_dense(scaled=True))
+
+
+class Alone(Auditing):
+    """Counts each layer's own equations, and keeps them with what was told of them."""
+
+    seen: list[tuple[LayerSystem, LayerAudit]]
+
+    def layer(self, group: Group, state: State, below: int) -> tuple[State, int]:
+        found = super().layer(group, state, below)
+        system = LayerSystem(group.module, state.k, group.input_shape, state.weight)
+        type(self).seen.append((system, self.layers[-1]))
+        return found
+
+    def together(self, *_: object, **__: object) -> None:
+        return None
+
+
+@pytest.fixture
+def alone() -> type[Alone]:
+    return type("Fresh", (Alone,), {"seen": []})
 
 
 # --- the verdict ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_every_verdict_is_the_dense_rank(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over 300 networks in all, each by the routes that large layers take."""
-    seen: list[tuple[LayerSystem, rank._Found]] = []
-    assess = rank._assess
-
-    def watched(system: LayerSystem, generator: torch.Generator) -> rank._Found:
-        found = assess(system, generator)
-        seen.append((system, found))
-        return found
-
-    monkeypatch.setattr(rank, "_assess", watched)
-    monkeypatch.setattr(rank, "DENSE_UNKNOWNS", 12)
-    for model, shape in random_nets(block, 78):
-        gi.audit(model, shape, together=False, jacobian=False)
-    methods = {found.method for _, found in seen}
-    assert {"svd", "inertia", "gradient", "iterative"} <= methods
-    for system, found in seen:
+def test_every_verdict_is_the_dense_rank(
+    alone: type[Alone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by the routes that large layers take."""
+    monkeypatch.setattr(auditing, "DENSE", 12)
+    for seed in range(1000, 1040):
+        gi.audit(*random_net(seed), jacobian=False, walk=alone)
+    assert {"closed form", "svd", "inertia", "gradient", "iterative"} <= {
+        found.method for _, found in alone.seen
+    }
+    for system, found in alone.seen:
         truth = dense_rank(system)
-        assert found.recoverable == (truth == system.unknowns)
-        assert found.rank == truth, found
+        assert found.recoverable == (truth == system.unknowns) and found.rank == truth, found
 
 
-def test_the_audit_agrees_with_what_recovery_achieves() -> None:
-    verdicts = []
-    for model, shape in random_nets(7, 60):
-        x = torch.rand(1, *shape, dtype=torch.float64)
-        audit = gi.audit(model, shape, inputs=x, together=False, jacobian=False)
-        update = gi.observe(model, CE, x, torch.tensor([1]))
-        try:
-            found = gi.recover(model, update, shape, CE, together=False)
-        except GradientInversionError:
-            assert not audit.exact
-            continue
-        assert audit.exact == found.exact, audit
-        verdicts.append(audit.exact)
-        deficient = [layer.name for layer in found.layers if not layer.full_rank]
-        told = [a.name for a in reversed(audit.layers) if a.needed and not a.recoverable]
-        assert deficient[:1] == told[:1]  # below the first, recovery walks on with a guess
-    assert 10 < sum(verdicts) < len(verdicts) - 10
+# Beside a sample, nets whose several layers together have an open direction, whose last layer's
+# equation has twins of two labels, or whose block has a kink that looks smooth.
+SEEDS = [*range(32), 154, 155, 287, 330, 377, 387, 423]
 
 
-def test_layers_that_make_up_for_another_are_told_with_it() -> None:
-    wide, narrow = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 2)
-    layers = [wide, nn.LeakyReLU(0.2), narrow, nn.LeakyReLU(0.2), nn.Flatten()]
-    model = nn.Sequential(*layers, nn.Linear(288, 5)).double()
-    audit = gi.audit(model, (3, 7, 7))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_audit_and_recovery_agree(seed: int) -> None:
+    """Over every kind of layer; ``python tests/nets.py 500`` counts more of them."""
+    seen = verdicts(*random_net(seed), seed)
+    known = ("the loss leaves twins or a scale", "each draws its own dropout mask")
+    assert seen.agree or seen.outcome in known, seen
+    if seen.found is not None and seen.found.exact:
+        assert seen.error < 1e-6
+
+
+def convolutions(filters: int, size: int) -> nn.Module:
+    """Narrow on top of wide, without biases: the second lacks equations, the first has spare."""
+    layers = [nn.Conv2d(3, 16, 3, bias=False), nn.Tanh(), nn.Conv2d(16, filters, 3, bias=False)]
+    head = nn.Linear(filters * (size - 4) ** 2, 10)
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), head).double()
+
+
+@pytest.mark.parametrize("dense", [segment.DENSE, 0])
+def test_layers_that_only_together_suffice(
+    dense: int, alone: type[Alone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller sibling of what ``recover`` called exact and ``audit`` not: matrix-free too."""
+    monkeypatch.setattr(segment, "DENSE", dense)
+    model, shape = convolutions(4, 10), (3, 10, 10)
+    audit = gi.audit(model, shape)
     second = audit.layers[1]
-    assert second.deficiency > 0 and not second.recoverable
-    assert second.settled and second.verdict == "determined together with 0" and audit.exact
-    x = torch.rand(1, 3, 7, 7).double()
+    assert second.deficiency > 0 and not second.recoverable and second.settled
+    assert second.verdict == "determined together with 0" and audit.exact
+    x = gi.data.photo("cat", 10, dtype=torch.float64)
     update = gi.observe(model, CE, x, torch.tensor([1]))
-    assert gi.recover(model, update, (3, 7, 7), CE).exact
-    alone = gi.audit(model, (3, 7, 7), together=False)
-    assert not alone.exact and f"{second.deficiency} dimensions" in alone.layers[1].verdict
+    found = gi.recover(model, update, shape, CE)
+    assert found.exact and gi.metrics.relative_error(found.inputs, x) < 1e-8
+    own = gi.audit(model, shape, walk=alone)
+    assert not own.exact and f"{second.deficiency} dimensions" in own.layers[1].verdict
 
 
-def test_cnn6_and_cnn6_d() -> None:
+def test_what_layers_leave_open_together_is_not_promised() -> None:
+    """432 equations for 230 unknowns, and yet an open direction; ``audit`` once called it exact."""
+    low, high = nn.Conv2d(2, 12, 2, groups=2), nn.Conv2d(12, 16, 3, stride=2, bias=False)
+    layers = [low, nn.SELU(), high, nn.CELU(), nn.Flatten(), nn.Linear(64, 3)]
+    model, x = nn.Sequential(*layers).double(), torch.rand(1, 2, 7, 7).double()
+    audit = gi.audit(model, (2, 7, 7), inputs=x)
+    assert audit.layers[1].deficiency == 132 and not audit.layers[1].together and not audit.exact
+    update = gi.observe(model, CE, x, torch.tensor([1]))
+    assert not gi.recover(model, update, (2, 7, 7), CE).exact
+
+
+def test_cnn6_and_cnn6_d(alone: type[Alone]) -> None:
     good = gi.audit(gi.models.cnn6(outputs=10), (3, 32, 32))
     assert good.exact and good.begins == "13" and good.network is None
     assert [layer.rank_index for layer in good.layers] == [0] * 7
     assert good.weighted_index == 0
-    resistant = gi.audit(gi.models.cnn6_d(outputs=10), (3, 32, 32), together=False)
+    resistant = gi.audit(gi.models.cnn6_d(outputs=10), (3, 32, 32), walk=alone)
     second = resistant.layers[1]
     counts = (second.weight_equations, second.gradient_equations, second.unknowns, second.rank)
     assert counts == (1620, 2160, 3468, 3188)
@@ -150,86 +142,66 @@ def test_cnn6_and_cnn6_d() -> None:
 
 @pytest.mark.parametrize("width, exact", [(0.5, False), (3, True)])
 def test_relu_is_a_matter_of_width(width: float, exact: bool) -> None:
-    model = gi.models.wide_cnn((3, 16, 16), activation="relu", width=width)
-    audit = gi.audit(model, (3, 16, 16))
-    assert audit.exact == exact
-    assert "dead" in " ".join(audit.notes)
-    first = audit.layers[0]
-    assert first.weight_equations < int(16 * width) * 64
+    audit = gi.audit(gi.models.wide_cnn((3, 16, 16), activation="relu", width=width), (3, 16, 16))
+    assert audit.exact == exact and "dead" in " ".join(audit.notes)
+    assert audit.layers[0].weight_equations < int(16 * width) * 64
+
+
+def test_dense_layers_on_rows_count_as_convolutions_of_one_place() -> None:
+    """By their own rule, whether ``k`` tells all rows apart, the weights do, or neither does."""
+    cases = ((8, 5, 4, "gradient"), (8, 12, 20, "weight"), (8, 5, 20, "at most"))
+    for width, outputs, rows, method in cases:
+        layers = [nn.Linear(width, outputs), nn.Tanh(), nn.Flatten(), nn.Linear(rows * outputs, 3)]
+        model = nn.Sequential(*layers).double()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(auditing, "DENSE", 0)
+            patch.setattr(auditing, "INERTIA", 0)
+            found = gi.audit(model, (rows, width), jacobian=False).layers[0]
+        assert found.method == method and found.recoverable == (method != "at most")
+        assert gi.audit(model, (rows, width), jacobian=False).layers[0].rank == found.rank
 
 
 # --- the law ----------------------------------------------------------------------------------
 
 
-def random_convolution(pick: Pick) -> tuple[nn.Conv2d, tuple[int, ...]] | None:
-    groups = pick(1, 1, 1, 2)
-    C, F, size = groups * pick(1, 2, 3), groups * pick(1, 2, 3, 4, 6, 8), pick(4, 5, 6, 7, 8)
-    options = {"stride": pick(1, 1, 2, 3), "padding": pick(0, 1, 2), "dilation": pick(1, 1, 1, 2)}
-    conv = nn.Conv2d(C, F, pick(1, 2, 3, 4), groups=groups, bias=False, **options).double()
-    try:
-        conv(torch.zeros(1, C, size, size).double())
-    except RuntimeError:
-        return None
-    return (conv, (C, size, size)) if C * size**2 <= 150 else None
+@st.composite
+def lawful(draw: st.DrawFn) -> tuple[nn.Conv2d, Shape]:
+    groups, size = draw(st.sampled_from([1, 1, 2])), draw(st.integers(4, 7))
+    C, F = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 6))
+    stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    dilation, kernel = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 3))
+    kernel = kernel if dilation * (kernel - 1) < size + 2 * padding else 1
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return nn.Conv2d(C, F, kernel, bias=False, **options).double(), (C, size, size)
+
+
+RIGHT = {True: 0, False: 0}
+
+
+@settings(max_examples=150)
+@given(case=lawful())
+def law_holds(case: tuple[nn.Conv2d, Shape]) -> None:
+    conv, shape = case
+    k = torch.randn_like(conv(torch.zeros(1, *shape).double()))
+    A = LayerSystem(conv, k, shape).to_dense(scaled=True)
+    law, truth = rank.rank_law(conv, shape), matrix_rank(A)
+    assert law.rank >= truth and law.gradient_rank >= matrix_rank(A[k.numel() :])
+    RIGHT[law.rank == truth] += 1
 
 
 def test_the_law_against_dense_ranks() -> None:
     """Both ways: an upper bound always, and the rank itself nearly always."""
-    pick, tried, right = picker(torch.Generator().manual_seed(2)), 0, 0
-    while tried < 400:
-        drawn = random_convolution(pick)
-        if drawn is None:
-            continue
-        conv, shape = drawn
-        tried += 1
-        out = conv(torch.zeros(1, *shape).double())
-        A = rank._dense(LayerSystem(conv, torch.randn_like(out), shape))
-        law, truth = rank.rank_law(conv, shape), rank._svd_rank(A)
-        assert law.rank >= truth and law.gradient_rank >= rank._svd_rank(A[out.numel() :])
-        right += law.rank == truth
-    assert right >= 0.95 * tried
+    law_holds()
+    assert RIGHT[True] >= 0.9 * sum(RIGHT.values())
 
 
-@settings(max_examples=40)
-@given(
-    channels=st.integers(1, 3),
-    filters=st.integers(1, 8),
-    kernel=st.integers(1, 3),
-    stride=st.integers(1, 3),
-    masked=st.booleans(),
-)
-def test_pairs_of_filters_hold_the_same_equation(
-    channels: int, filters: int, kernel: int, stride: int, masked: bool
-) -> None:
-    generator = torch.Generator().manual_seed(filters)
-    conv = nn.Conv2d(channels, filters, kernel, stride=stride, bias=False).double()
-    k = torch.randn_like(conv(torch.zeros(1, channels, 8, 8).double()))
-    mask = torch.ones_like(k)
-    if masked:
-        mask = (torch.rand(k.shape, generator=generator) < 0.5).double()
-    k = k * mask
-    A = rank._dense(LayerSystem(conv, k, (channels, 8, 8), mask))
-    rows = int(mask.sum())
-    flat = k.reshape(1, filters, -1)
-    shared = rank._shared(flat[0], (mask != 0).reshape(1, filters, -1)[0])
-    left_null = len(A) - rank._svd_rank(A)
-    own = len(A) - rows - rank._svd_rank(A[rows:]) if len(A) > rows else 0
-    assert left_null - own >= shared
-
-
-def test_law_of_signals_volumes_and_what_is_no_convolution() -> None:
+def test_law_of_signals_volumes_and_wrapped_pictures() -> None:
     signal = nn.Conv1d(2, 3, 5, stride=2, padding=2, bias=False).double()
     volume = nn.Conv3d(2, 2, 2, bias=False).double()
     circular = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", bias=False).double()
     for conv, shape in ((signal, (2, 24)), (volume, (2, 4, 4, 4)), (circular, (2, 6, 6))):
         k = torch.randn_like(conv(torch.zeros(1, *shape).double()))
         assert rank.rank_law(conv, shape).rank == dense_rank(LayerSystem(conv, k, shape))
-    with pytest.raises(UnsupportedLayerError, match="no convolution"):
-        rank.rank_law(nn.Linear(3, 4), (3,))
-    with pytest.raises(InvalidTensorError, match="does not take inputs"):
-        rank.rank_law(signal, (3, 24))
-    with pytest.raises(InvalidTensorError, match="larger than"):
-        rank.rank_law(nn.Conv2d(1, 1, 9), (1, 4, 4))
 
 
 # --- the whole network ------------------------------------------------------------------------
@@ -254,28 +226,31 @@ def test_rank_of_a_whole_network(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     found = rank.jacobian_rank(model, (3, 8, 8))
     assert found.rank == expected <= found.unknowns
     assert found.full == (expected == 192) == (found.condition is not None)
-    monkeypatch.setattr(rank, "ENTRIES", 0)  # as for large networks: random rows
+    monkeypatch.setattr(jacobian, "ENTRIES", 0)  # as for large networks: random rows
     assert rank.jacobian_rank(model, (3, 8, 8)).rank == expected
 
 
-def test_rank_of_a_whole_network_against_autograd() -> None:
+@pytest.mark.parametrize("loss", [CE, nn.MSELoss()])
+def test_rank_of_a_whole_network_against_autograd(loss: nn.Module) -> None:
+    """Of the squared error too, whose own backward pass has no forward-mode rule in torch."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(18, 2)).double()
-    x, y = torch.rand(1, 1, 5, 5).double(), torch.tensor([1])
+    x = torch.rand(1, 1, 5, 5).double()
+    y = torch.tensor([1]) if loss is CE else torch.rand(1, 2).double()
     weights = list(model.parameters())
 
     def gradient(picture: Tensor) -> Tensor:
-        found = torch.autograd.grad(CE(model(picture), y), weights, create_graph=True)
+        found = torch.autograd.grad(loss(model(picture), y), weights, create_graph=True)
         return torch.cat([g.flatten() for g in found])
 
     J = torch.autograd.functional.jacobian(gradient, x).reshape(-1, 25)
-    found = rank.jacobian_rank(model, (1, 5, 5), inputs=x, targets=y, loss=CE)
+    found = rank.jacobian_rank(model, (1, 5, 5), inputs=x, targets=y, loss=loss)
     assert found.rank == int(torch.linalg.matrix_rank(J)) and found.parameters == len(J)
 
 
-def test_a_deficient_layer_in_a_network_of_full_rank() -> None:
+def test_a_deficient_layer_in_a_network_of_full_rank(alone: type[Alone]) -> None:
     convolutions = [nn.Conv2d(3, 12, 3, padding=1), nn.Tanh(), nn.Conv2d(12, 6, 3, stride=2)]
     model = nn.Sequential(*convolutions, nn.Tanh(), nn.Flatten(), nn.Linear(54, 10)).double()
-    audit = gi.audit(model, (3, 8, 8), together=False)
+    audit = gi.audit(model, (3, 8, 8), walk=alone)
     assert not audit.layers[1].recoverable and not audit.exact
     assert audit.network is not None and audit.network.full
 
@@ -305,7 +280,7 @@ def test_leak_map_is_the_diagonal_of_the_projector() -> None:
 def test_leak_map_by_probing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gi.models.wide_cnn((3, 12, 12), activation="relu", width=0.5)
     exact = gi.rank.leak_map(model, (3, 12, 12))
-    monkeypatch.setattr(rank, "EXACT_MAP", 0)
+    monkeypatch.setattr(leak, "EXACT_MAP", 0)
     probed = gi.rank.leak_map(model, (3, 12, 12), probes=40)
     assert float(probed.min()) >= 0 and float(probed.max()) <= 1
     assert float((probed - exact).abs().mean()) < 0.1
@@ -322,18 +297,8 @@ def test_leak_map_of_a_stride_that_skips_pixels() -> None:
 
 
 def test_leak_map_of_a_residual_network() -> None:
-    from torchvision.models import resnet18
-
     found = rank.leak_map(resnet18(weights=None).eval(), (3, 16, 16))
     assert torch.allclose(found, torch.ones(3, 16, 16, dtype=torch.float64), atol=1e-6)
-
-
-def test_leak_map_refuses() -> None:
-    model = gi.models.mlp([12, 4, 3])
-    with pytest.raises(InvalidArgumentError, match="probes"):
-        rank.leak_map(model, (12,), probes=0)
-    with pytest.raises(UnsupportedLayerError, match="begins with Sigmoid"):
-        rank.leak_map(nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)), (4,))
 
 
 # --- models in the wild -----------------------------------------------------------------------
@@ -363,12 +328,6 @@ class Residual(nn.Module):
         return self.head(torch.flatten(x + torch.relu(self.inside(x)), 1))
 
 
-class LargeResidual(Residual):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3 * 64 * 64, 4)
-
-
 class Narrow(nn.Module):
     """A residual block whose ways both lose pixels, and one that keeps them."""
 
@@ -379,11 +338,6 @@ class Narrow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.flatten(self.short(x) + self.two(torch.tanh(self.one(x))), 1))
-
-
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if float(x.sum()) > 0 else -x
 
 
 def test_where_the_recursion_stops_is_told() -> None:
@@ -397,24 +351,21 @@ def test_where_the_recursion_stops_is_told() -> None:
 
 
 def test_residual_sums_and_batch_norm() -> None:
-    from torchvision.models import resnet18
-
     small = gi.audit(Residual(), (3, 8, 8))
     assert [layer.kind for layer in small.layers] == ["Residual", "Linear"] and not small.stops
     assert small.exact and small.layers[0].rank == 192 and small.layers[0].method == "svd"
-    large = gi.audit(LargeResidual(), (3, 64, 64))
-    assert [stop.kind for stop in large.stops] == ["add"] and "branches" in large.stops[0].reason
+    large = Residual()
+    large.head = nn.Linear(3 * 64 * 64, 4)
+    stops = gi.audit(large, (3, 64, 64)).stops
+    assert [stop.kind for stop in stops] == ["Residual"] and "ways part" in stops[0].reason
     model = resnet18(weights=None)
     found = gi.audit(model, (3, 32, 32))
-    kinds = {stop.kind for stop in found.stops}
-    assert kinds == {"BatchNorm2d", "MaxPool2d", "add"} and not found.exact
-    assert len(found.layers) == 22 and found.parameters == 11_689_512
+    assert {stop.kind for stop in found.stops} == {"BatchNorm2d", "MaxPool2d", "Residual"}
+    assert len(found.layers) == 22 and found.parameters == 11_689_512 and not found.exact
     shortcut = next(a for a in found.layers if a.name == "layer2.0.downsample.0")
-    assert not shortcut.recoverable and shortcut.rank == 1024 and "at least" in shortcut.verdict
+    assert not shortcut.recoverable and shortcut.rank == 1024 and "3072" in shortcut.verdict
     evaluated = gi.audit(model.eval(), (3, 32, 32))
     assert {stop.kind for stop in evaluated.stops} == {"MaxPool2d"}
-    blocks = [layer for layer in evaluated.layers if layer.kind == "Residual"]
-    assert len(blocks) == 8 and blocks[0].unknowns == 4096
 
 
 @pytest.mark.parametrize("filters", [1, 2, 4, 8])
@@ -441,27 +392,6 @@ def test_without_a_place_to_begin() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1)]
     found = gi.audit(nn.Sequential(*layers, nn.Flatten()), (3, 8, 8))
     assert found.begins is None and not found.exact and "begin" in found.stops[-1].reason
-
-
-def test_models_and_shapes_that_are_refused() -> None:
-    model = gi.models.cnn6((3, 16, 16))
-    with pytest.raises(UnsupportedLayerError, match="cannot trace"):
-        gi.audit(Branching(), (4,))
-    with pytest.raises(UnsupportedLayerError, match="no dense or convolutional"):
-        gi.audit(nn.Sequential(nn.ReLU()), (4,))
-    with pytest.raises(InvalidTensorError, match="does not take inputs"):
-        gi.audit(model, (5, 16, 16))
-    with pytest.raises(InvalidTensorError, match="does not take inputs"):
-        gi.audit(Residual(), (7, 8, 8))
-    with pytest.raises(InvalidTensorError, match="inputs has shape"):
-        gi.audit(model, (3, 16, 16), inputs=torch.zeros(2, 3, 16, 16))
-    for shape in ((), (3, 0, 16), (3, 16.0, 16)):
-        with pytest.raises(InvalidArgumentError, match="input_shape"):
-            gi.audit(model, shape)
-    with pytest.raises(InvalidTensorError, match="does not take inputs"):
-        rank.jacobian_rank(model, (5, 16, 16))
-    with pytest.raises(UnsupportedLayerError, match="no parameters"):
-        rank.jacobian_rank(nn.ReLU(), (4,))
 
 
 # --- the report -------------------------------------------------------------------------------
@@ -503,8 +433,6 @@ def test_reports() -> None:
 
 
 def test_nothing_of_the_callers_is_changed() -> None:
-    from torchvision.models import resnet18
-
     chain = gi.models.wide_cnn((3, 4, 4), activation="relu", width=0.25, dropout=0.5).train()
     for model, size in ((chain, 4), (resnet18(weights=None, num_classes=4), 32)):
         before = {n: p.clone() for n, p in model.state_dict().items()}
@@ -527,46 +455,69 @@ def test_progress_and_generator() -> None:
     assert one.layers[0].weight_equations != other.layers[0].weight_equations
 
 
-def test_squared_error_has_a_rank_and_it_is_the_dense_one() -> None:
-    """Torch has no forward-mode rule for its own backward pass of ``nn.MSELoss``."""
-    net = gi.models.mlp((9, 12, 3), "tanh", dtype=torch.float64)
-    source = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(1, n, generator=source, dtype=torch.float64) for n in (9, 3))
-
-    def gradient(x: Tensor) -> Tensor:
-        parts = torch.autograd.grad(nn.MSELoss()(net(x), y), net.parameters(), create_graph=True)
-        return torch.cat([p.flatten() for p in parts])
-
-    J = torch.autograd.functional.jacobian(gradient, x).flatten(1)
-    found = rank.jacobian_rank(net, (9,), loss=nn.MSELoss(), inputs=x, targets=y)
-    assert found.rank == int(torch.linalg.matrix_rank(J)) == 9
+# --- refusals ---------------------------------------------------------------------------------
 
 
-def test_what_has_no_audit_is_told_by_name() -> None:
-    net = gi.models.mlp((64, 12, 10))
-    for shape in (None, 64, (True, 8, 8)):
-        with pytest.raises(InvalidArgumentError, match="input_shape is the shape of one sample"):
-            rank.audit(net, shape)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedLayerError, match=r"is a str, not a torch\.nn\.Module"):
-        rank.audit("resnet18", (4,))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedLayerError, match="has no layer"):
-        rank.audit(nn.Sequential(), (4,))
-    with pytest.raises(UnsupportedLayerError, match="weight is not initialised yet"):
-        rank.audit(nn.Sequential(nn.LazyLinear(3)), (4,))
-    with pytest.raises(UnsupportedLayerError):
-        rank.audit(nn.LSTM(4, 4), (3, 4))
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+def nan() -> nn.Module:
+    net = gi.models.mlp((4, 3, 2))
     nn.init.constant_(net[1].weight, torch.nan)
-    for call in (rank.audit, rank.jacobian_rank, rank.leak_map):
-        with pytest.raises(InvalidTensorError, match=r"1\.weight has NaN"):
-            call(net, (1, 8, 8))
+    return net
 
 
-def test_losses_and_targets_that_do_not_fit_are_refused() -> None:
-    net = gi.models.mlp((64, 12, 10))
-    for targets in (torch.tensor([12]), torch.tensor([1.0]), torch.tensor([1, 2])):
-        with pytest.raises(InvalidTensorError, match=r"does not take outputs \(1, 10\)"):
-            rank.jacobian_rank(net, (1, 8, 8), targets=targets)
-    with pytest.raises(UnsupportedLossError, match="not one number"):
-        rank.jacobian_rank(net, (1, 8, 8), loss=nn.CrossEntropyLoss(reduction="none"))
-    with pytest.raises(InvalidArgumentError, match=r"positive number, got 1\.5"):
-        rank.leak_map(net, (1, 8, 8), probes=1.5)  # type: ignore[arg-type]
+CONV, MLP, VECTOR = nn.Conv1d(2, 3, 5), gi.models.mlp((64, 12, 10)), (1, 8, 8)
+Layer, Argument, Shaped = (
+    errors.UnsupportedLayerError,
+    errors.InvalidArgumentError,
+    errors.InvalidTensorError,
+)
+REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    *(
+        (lambda s=s: gi.audit(MLP, s), Argument, "input_shape is the shape of one sample")
+        for s in ((), (3, 0, 16), (3, 16.0, 16), None, 64, (True, 8, 8))
+    ),
+    (lambda: gi.audit(Branching(), (4,)), Layer, "cannot trace"),
+    (lambda: gi.audit(nn.Sequential(nn.ReLU()), (4,)), Layer, "no dense or convolutional"),
+    (lambda: gi.audit(nn.Sequential(), (4,)), Layer, "has no layer"),
+    (lambda: gi.audit(nn.Sequential(nn.LazyLinear(3)), (4,)), Layer, "not initialised yet"),
+    (lambda: gi.audit(nn.LSTM(4, 4), (3, 4)), Layer, "gives a tuple"),
+    (lambda: gi.audit("resnet18", (4,)), errors.GradientInversionError, r"torch\.nn\.Module"),
+    (lambda: gi.audit(MLP, (5, 16, 16)), Shaped, "does not take inputs"),
+    (lambda: gi.audit(Residual(), (7, 8, 8)), Shaped, "does not take inputs"),
+    (lambda: gi.audit(MLP, VECTOR, inputs=torch.zeros(2, 1, 8, 8)), Shaped, "inputs has shape"),
+    *(
+        (lambda f=f: f(nan(), (4,)), Shaped, r"1\.weight has NaN")
+        for f in (gi.audit, rank.jacobian_rank, rank.leak_map)
+    ),
+    (lambda: rank.jacobian_rank(MLP, (5, 16, 16)), Shaped, "does not take inputs"),
+    (lambda: rank.jacobian_rank(nn.ReLU(), (4,)), Layer, "no parameters"),
+    *(
+        (lambda t=t: rank.jacobian_rank(MLP, VECTOR, targets=t), Shaped, r"outputs \(1, 10\)")
+        for t in (torch.tensor([12]), torch.tensor([1.0]), torch.tensor([1, 2]))
+    ),
+    (
+        lambda: rank.jacobian_rank(MLP, VECTOR, loss=nn.CrossEntropyLoss(reduction="none")),
+        errors.UnsupportedLossError,
+        "not one number",
+    ),
+    *((lambda p=p: rank.leak_map(MLP, VECTOR, probes=p), Argument, "probes") for p in (0, 1.5)),
+    (
+        lambda: rank.leak_map(nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)), (4,)),
+        Layer,
+        "begins with Sigmoid",
+    ),
+    (lambda: rank.rank_law(nn.Linear(3, 4), (3,)), Layer, "no convolution"),
+    (lambda: rank.rank_law(CONV, (3, 24)), Shaped, "does not take inputs"),
+    (lambda: rank.rank_law(CONV, (2, 4)), Shaped, "larger than"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSALS)))
+def test_refusals(case: int) -> None:
+    call, kind, message = REFUSALS[case]
+    with pytest.raises(kind, match=message):
+        call()

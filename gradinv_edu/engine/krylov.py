@@ -21,12 +21,20 @@ INVISIBLE = 2e-15  # share of what AᵀA makes of a dye that rounding hides: fro
 Progress = Callable[[int, float], None]
 
 
+__all__ = ["LinearMap", "Progress", "Rows", "Run", "cgls", "open_share", "ritz_values"]
+
+
 @dataclass
 class Rows:
     """Right-hand side or residual: weight rows and gradient rows, scaled."""
 
     z: Tensor
     g: Tensor
+
+    @classmethod
+    def like(cls, rows: Rows) -> Rows:
+        """Zeros of the same shapes."""
+        return cls(torch.zeros_like(rows.z), torch.zeros_like(rows.g))
 
     def minus(self, other: Rows, step: float = 1.0) -> None:
         """Take ``step`` times ``other`` away, in place."""
@@ -298,10 +306,9 @@ def open_share(
         The iteration.
     """
     response = exact.forward(start)
-    nothing = Rows(torch.zeros_like(response.z), torch.zeros_like(response.g))
     run = cgls(
         exact,
-        nothing,
+        Rows.like(response),
         INVISIBLE * math.sqrt(squared_norm(exact.adjoint(response))),
         cap,
         fast=fast,

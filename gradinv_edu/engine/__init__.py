@@ -1,0 +1,1 @@
+"""What carries every chapter: a rule for each kind of layer, one walk over them, one solve."""

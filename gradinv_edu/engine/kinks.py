@@ -1,0 +1,123 @@
+"""Units so near a kink that their side was misread, found by the next layer's own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..systems import LayerSystem
+from .layers import weight_names
+from .solve import Solution
+
+__all__ = ["misread", "settle"]
+
+COSINE = 0.5  # of the best match: what chance alone does not reach
+ASIDE = 0.5  # of the best match, that another filter's must have to be turned along
+GAIN = 0.9  # of the residual: what a solution on the other sides must stay under
+ROUNDS = 20
+
+
+def misread(system: LayerSystem, inputs: Tensor, weight_gradient: Tensor, turn: Tensor) -> Tensor:
+    r""":math:`\arg\max_j\,\lvert\langle Tr,Te_j\rangle\rvert/(\lVert Tr\rVert\lVert Te_j\rVert)`.
+
+    A step of matching pursuit: ``r = K x − ∂L/∂W`` is what the gradient's equations leave over at
+    the solution, ``e_j = t_j · (filter of j) ⊗ patch_j(x)`` what the turn of one unit would add,
+    ``T`` the filters' balance. Best matches of other filters that come near it are turned along.
+    Implements :eq:`kink-pursuit`.
+
+    Parameters
+    ----------
+    system : LayerSystem
+        Of one convolution or dense layer.
+    inputs : Tensor
+        What its equations gave, ``(N, *input_shape)``.
+    weight_gradient : Tensor
+        ``∂L/∂W``, shaped as the weight.
+    turn : Tensor
+        ``t``: what ``k`` gains if a unit is on the other side, shaped as ``k``; zero where no unit
+        is in doubt.
+
+    Returns
+    -------
+    Tensor
+        Shaped as ``turn``, bool; nowhere true if nothing matches.
+
+    Notes
+    -----
+    Source: Mallat and Zhang (1993) for matching pursuit; what is pursued here is this project's.
+    """
+    cosine = _cosines(system, inputs, weight_gradient, turn).transpose(0, 1)
+    best = cosine.flatten(1).max(1)
+    top = best.values.max()
+    near = (best.values >= ASIDE * top) & (top >= COSINE)
+    found = torch.zeros_like(cosine, dtype=torch.bool).flatten(1)
+    found[near, best.indices[near]] = True
+    return found.reshape(cosine.shape).transpose(0, 1)
+
+
+def _cosines(system: LayerSystem, x: Tensor, g: Tensor, t: Tensor) -> Tensor:
+    """Of what is left with what each turn would add; zero where a turn would add to it."""
+    T = system.balance.gradient
+    T = torch.eye(len(g), dtype=g.dtype, device=g.device) if T is None else T
+    left = torch.tensordot(T, system.matvec(x)[1] - g, 1)
+    inner = _layer(system.module, torch.tensordot(T.mT, left, 1), x)  # ⟨T r, T (filter ⊗ patch)⟩
+    sizes = _layer(system.module, torch.ones_like(g), x.square()).clamp_min(0).sqrt()
+    sizes = sizes * T.norm(dim=0).reshape(-1, *[1] * (t.dim() - 2)) * left.norm()
+    fits = (inner * t < 0) & (sizes > 0)
+    return torch.where(fits, inner.abs() / sizes, torch.zeros_like(inner))
+
+
+def _layer(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer with another weight and no bias."""
+    parameters = {name: torch.zeros_like(p, dtype=x.dtype) for name, p in module.named_parameters()}
+    (name,) = weight_names(module)
+    answer: Tensor = functional_call(module, {**parameters, name: weight}, (x,))
+    return answer
+
+
+def settle(
+    system: LayerSystem,
+    solution: Solution,
+    weight_gradient: Tensor,
+    turn: Tensor,
+    solve: Callable[[Tensor], tuple[LayerSystem, Solution]],
+) -> tuple[LayerSystem, Solution, int]:
+    r""":math:`K(k + t_j) = K(k) + e_j`, as long as turns explain what is left.
+
+    Turns the units that :func:`misread` names and solves again; a solution that leaves less
+    unexplained is kept, and the search goes on from it. Where no turn explains anything, as under
+    noise, the first solution stays, and so it does where the layer is grouped.
+
+    Parameters
+    ----------
+    system, solution : LayerSystem, Solution
+        As they were solved.
+    weight_gradient, turn : Tensor
+        As for :func:`misread`.
+    solve : callable
+        From another output gradient ``k`` to the system and its solution.
+
+    Returns
+    -------
+    system, solution : LayerSystem, Solution
+        What holds now.
+    turned : int
+        How many units were turned.
+    """
+    grouped = getattr(system.module, "groups", 1) != 1
+    rows = isinstance(system.module, nn.Linear) and system.k.dim() != 2
+    if grouped or rows or len(weight_names(system.module)) != 1:
+        return system, solution, 0
+    first = system.k
+    for _ in range(ROUNDS):
+        found = misread(system, solution.x, weight_gradient, turn)
+        if not bool(found.any()):
+            break
+        turned, again = solve(system.k + turn * found)
+        if not again.full_rank or again.residual > GAIN * solution.residual:
+            break
+        system, solution, turn = turned, again, torch.where(found, -turn, turn)
+    return system, solution, int((system.k != first).sum())

@@ -1,0 +1,225 @@
+"""Convolutions: one small weight for every patch, and so two sets of equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InvalidTensorError
+from ..solve import rank_of
+from .base import Affine, Example, LayerOperator, rule_for
+
+__all__ = ["Conv", "Convolution", "ConvolutionOperator", "channel_blocks", "places", "shared_rows"]
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+KINDS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+LARGEST_BLOCK = 4096  # rows or pixels of a block of K whose rank is counted
+ENTRIES = 3e7  # of such a block
+
+
+@dataclass(frozen=True)
+class ConvolutionOperator:
+    """Direct calls: both sets of equations are convolutions themselves."""
+
+    weight: Tensor
+    k: Tensor
+    template: Tensor
+    geometry: tuple[list[int], list[int], list[int], int]
+
+    def _backward(self, k: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
+        stride, padding, dilation, groups = self.geometry
+        none = [0] * len(stride)
+        return list(
+            torch.ops.aten.convolution_backward(
+                k, x, weight, None, stride, padding, dilation, False, none, groups, mask
+            )
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight rows and gradient rows of ``x``."""
+        stride, padding, dilation, groups = self.geometry
+        rows = torch.ops.aten.convolution(
+            x, self.weight, None, stride, padding, dilation, False, [0] * len(stride), groups
+        )
+        return rows, self._backward(self.k, x, self.weight, [False, True, False])[1]
+
+    def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
+        """Both kinds of rows, pulled back to the input."""
+        wanted = [True, False, False]
+        from_rows = self._backward(rows, self.template, self.weight, wanted)[0]
+        return from_rows + self._backward(self.k, self.template, gradient_rows, wanted)[0]
+
+    def matrix(self) -> Tensor:
+        """Both sets of equations of one sample, ``(equations, unknowns)``.
+
+        Every input channel meets the same small matrix of gradient rows: the gradient of a layer
+        whose channels are the unit pictures.
+        """
+        stride, padding, dilation, groups = self.geometry
+        none, (F, c, *kernel) = [0] * len(stride), self.weight.shape
+        C, *spatial = self.template.shape[1:]
+        n = math.prod(spatial)
+        units = torch.eye(C * n, dtype=self.k.dtype, device=self.k.device)
+        parts = [
+            torch.ops.aten.convolution(
+                part.reshape(-1, C, *spatial),
+                *(self.weight, None, stride, padding, dilation, False, none, groups),
+            ).flatten(1)
+            for part in torch.split(units, 256)
+        ]
+        pictures = torch.eye(n, dtype=self.k.dtype, device=self.k.device).reshape(1, n, *spatial)
+        K = self.k.new_zeros(F, c, math.prod(kernel), C, n)
+        each = F // groups
+        for g in range(groups):
+            own = slice(g * each, (g + 1) * each)
+            rows = torch.ops.aten.convolution_backward(
+                *(self.k[:, own], pictures, self.k.new_zeros(each, n, *kernel), None),
+                *(stride, padding, dilation, False, none, 1, [False, True, False]),
+            )[1]
+            for channel in range(c):
+                K[own, channel, :, g * c + channel] = rows.flatten(2).transpose(1, 2)
+        return torch.cat([torch.cat(parts).T, K.reshape(-1, C * n)])
+
+    def to(self, dtype: torch.dtype) -> ConvolutionOperator:
+        """Return the same map in another precision."""
+        weight, k, template = self.weight.to(dtype), self.k.to(dtype), self.template.to(dtype)
+        return replace(self, weight=weight, k=k, template=template)
+
+
+@rule_for(*KINDS)
+class Convolution(Affine):
+    """:class:`torch.nn.Conv1d` to 3d: any stride, padding, dilation and groups."""
+
+    weighted = True
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], int] | None:
+        """Stride, padding, dilation and groups; None where only the module itself knows."""
+        conv = cast(Conv, self.module)
+        # A subclass may have a forward pass of its own (weight norm, for one): exact types only.
+        if type(conv) not in KINDS or conv.padding_mode != "zeros":
+            return None
+        spans = [d * (s - 1) for d, s in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if conv.padding == "same":
+            if any(span % 2 for span in spans):  # padded on one side only
+                return None
+            padding = [span // 2 for span in spans]
+        else:
+            padding = (
+                [0] * len(spans) if conv.padding == "valid" else [int(p) for p in conv.padding]
+            )
+        return list(conv.stride), padding, list(conv.dilation), conv.groups
+
+    def operator(self, k: Tensor, input_shape: tuple[int, ...]) -> LayerOperator:
+        """Direct calls where torch's own convolution does it all."""
+        geometry = self.geometry
+        if geometry is None:
+            return super().operator(k, input_shape)
+        template = k.new_zeros(k.shape[0], *input_shape)
+        weight = cast(Conv, self.module).weight.detach().to(k.dtype)
+        return ConvolutionOperator(weight, k, template, geometry)
+
+    def bounds(self, k: Tensor, known: Tensor, shape: tuple[int, ...]) -> tuple[int, str | None]:
+        """Bound by the rank of ``K`` for each channel, known rows, and the rows that both hold."""
+        conv = cast(Conv, self.module)
+        index, pixels = places(conv, shape)
+        seen, visible = int((torch.bincount(index[index > 0]) > 0).sum()), (index > 0).any(0)
+        groups, channels = conv.groups, shape[0] // conv.groups
+        ranks, sure = [], True
+        for block in channel_blocks(conv, k, index, pixels):
+            sure = sure and isinstance(block, Tensor)
+            ranks.append(rank_of(block) if isinstance(block, Tensor) else min(block))
+        known = known.reshape(groups, conv.out_channels // groups, -1)[:, :, visible]
+        k = k.reshape(known.shape[0], known.shape[1], -1)[:, :, visible]
+        shared = sum(shared_rows(k[g], known[g]) for g in range(groups))
+        bound = channels * sum(ranks) + int(known.sum()) - shared
+        sure = sure and all(rank == pixels for rank in ranks)
+        return min(seen * shape[0], bound), "gradient" if sure else None
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        """Strides, paddings, dilations, groups, one to three dimensions."""
+        yield nn.Conv2d(2, 3, 3, padding=1), (2, 6, 5)
+        yield nn.Conv2d(2, 4, (2, 3), stride=(2, 1), groups=2, bias=False), (2, 6, 6)
+        yield nn.Conv2d(1, 2, 3, dilation=2, padding=2, padding_mode="reflect"), (1, 6, 6)
+        yield nn.Conv2d(2, 2, (2, 4), padding="same"), (2, 5, 6)
+        yield nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 9)
+        yield nn.Conv3d(1, 2, 2, padding=1), (1, 3, 4, 3)
+
+
+def places(conv: Conv, input_shape: tuple[int, ...]) -> tuple[Tensor, int]:
+    """Pixel (from 1; 0 is padding) that each place of the kernel lies on at each position.
+
+    Returns
+    -------
+    index : Tensor
+        ``(places of the kernel, positions)``.
+    pixels : int
+        Of one channel.
+    """
+    spatial = tuple(input_shape[1:])
+    dimensions = next(d for kind, d in KINDS.items() if isinstance(conv, kind))
+    if len(spatial) != dimensions or input_shape[0] != conv.in_channels:
+        raise InvalidTensorError(
+            f"{type(conv).__name__} with {conv.in_channels} channels does not take inputs of "
+            f"shape {tuple(input_shape)}."
+        )
+    n = math.prod(spatial)
+    numbered = torch.arange(1.0, n + 1, dtype=torch.float64).reshape(1, 1, *spatial)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    index = nn.functional.pad(numbered, conv._reversed_padding_repeated_twice, mode=mode)[0, 0]
+    for axis in range(dimensions):
+        kernel, dilation = conv.kernel_size[axis], conv.dilation[axis]
+        positions = (index.shape[2 * axis] - dilation * (kernel - 1) - 1) // conv.stride[axis] + 1
+        if positions < 1:
+            raise InvalidTensorError(
+                f"The kernel {conv.kernel_size} is larger than the padded input {spatial}."
+            )
+        steps = conv.stride[axis] * torch.arange(positions)
+        grid = steps[:, None] + dilation * torch.arange(kernel)
+        index = index.index_select(2 * axis, grid.reshape(-1))
+        split = (*index.shape[: 2 * axis], positions, kernel, *index.shape[2 * axis + 1 :])
+        index = index.reshape(split)
+    order = [2 * a + 1 for a in range(dimensions)] + [2 * a for a in range(dimensions)]
+    return index.permute(order).reshape(math.prod(conv.kernel_size), -1).long(), n
+
+
+def channel_blocks(
+    conv: Conv, k: Tensor, index: Tensor, pixels: int
+) -> Iterator[Tensor | tuple[int, int]]:
+    """``K`` of one input channel, ``(filters · places, pixels)``, for each group.
+
+    Its shape alone where it is too large to be written out.
+    """
+    filters = conv.out_channels // conv.groups
+    rows = filters * len(index)
+    for part in k.reshape(conv.groups, filters, -1):
+        if rows * pixels > ENTRIES or min(rows, pixels) > LARGEST_BLOCK:
+            yield rows, pixels
+            continue
+        block = part.new_zeros(filters, len(index), pixels + 1)
+        shape = (filters, *index.shape)
+        block.scatter_add_(2, index.to(k.device).expand(shape), part[:, None, :].expand(shape))
+        yield block[:, :, 1:].reshape(rows, pixels)
+
+
+def shared_rows(k: Tensor, known: Tensor) -> int:
+    """Equations in both sets: pairs ``(f, f')`` where ``k_f`` meets known rows of ``f'`` only.
+
+    Parameters
+    ----------
+    k, known : Tensor
+        ``(filters, positions)``.
+    """
+    if bool(known.all()):
+        return len(k) * rank_of(k)
+    total = 0
+    for rows in known:
+        usable = ~((k != 0) & ~rows).any(dim=1) & (k != 0).any(dim=1)
+        total += rank_of(k[usable]) if bool(usable.any()) else 0
+    return total

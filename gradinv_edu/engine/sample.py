@@ -1,0 +1,98 @@
+"""What stands for a client's sample before any is sent: a random one, and the walk set up at it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
+from . import losses
+from .auditing import Auditing, Stop, sample_pass
+from .graph import trace
+from .walk import Group, head_of, lowest_dense
+
+__all__ = ["begin", "checked_shape", "sample", "seeded", "usable"]
+
+Shape = tuple[int, ...]
+
+
+def begin(
+    model: nn.Module, x: Tensor, generator: torch.Generator, kind: type[Auditing] = Auditing
+) -> tuple[Auditing, str | None, list[str]]:
+    """The walk, the name of the layer where it begins, and what its verdict assumes there."""
+    steps = trace(model, x.shape[1:])
+    if not steps:
+        raise UnsupportedLayerError("The model has no layer.")
+    device = next((p.device for p in model.parameters()), x.device)
+    lowest = lowest_dense(steps, [name for name, _ in model.named_parameters()])
+    notes, stops, begins = [], [], lowest
+    if lowest is None:
+        try:
+            begins = head_of(steps)
+        except UnsupportedLayerError:
+            why = "nothing gives k to begin with: no dense layer with a bias, none before the loss"
+            stops = [Stop(steps[-1].name, steps[-1].rule.kind, why)]
+        else:
+            single = steps[begins].output_shape == (1,)
+            open_ = "one output without a bias: a right prediction may have a twin"
+            fixed = "no bias: the loss must fix the scale (softmax with three classes or more)"
+            notes = [open_ if single else fixed]
+    with torch.no_grad():
+        y = x.to(device)
+        for step in steps:
+            y = step.rule.sample(y, torch.Generator().manual_seed(0))
+    passed = sample_pass(steps, x.to(device), _output_gradient(y, generator), generator)
+    walk = kind(steps, passed, len(steps) - 1 if begins is None else begins, generator)
+    walk.stops = stops
+    return walk, None if begins is None else Group((steps[begins],)).name, notes
+
+
+def _output_gradient(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Of cross-entropy with a random label; of one output, any number."""
+    if outputs.dim() != 2 or outputs.shape[1] < 2:
+        drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(outputs)
+    label = torch.randint(outputs.shape[1], (1,), generator=generator)
+    rule = losses.rule(nn.CrossEntropyLoss())
+    return rule.output_gradient(outputs, label.to(outputs.device))
+
+
+def seeded(generator: torch.Generator | None) -> torch.Generator:
+    """Return the generator, or a fixed one."""
+    return generator or torch.Generator().manual_seed(20200913)
+
+
+def checked_shape(input_shape: Shape) -> Shape:
+    """Shape of one sample as a tuple; InvalidArgumentError if it cannot be one."""
+    listed = isinstance(input_shape, Sequence) and len(input_shape) > 0
+    if not listed or not all(type(s) is int and s > 0 for s in input_shape):
+        raise InvalidArgumentError(
+            f"input_shape is the shape of one sample, positive whole numbers such as (3, 32, 32); "
+            f"got {input_shape!r}."
+        )
+    return tuple(input_shape)
+
+
+def usable(model: nn.Module) -> None:
+    """Refuse what is no module, and parameters that are not finite, real numbers."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"model is a torch.nn.Module, not {type(model).__name__}.")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.UninitializedParameter):
+            raise UnsupportedLayerError(
+                f"{name} is not initialised yet: call the model once, so that it takes shape."
+            )
+        if not p.is_floating_point():
+            raise InvalidTensorError(f"The parameter {name} has dtype {p.dtype}, not a real one.")
+        if not bool(torch.isfinite(p).all()):
+            raise InvalidTensorError(f"The parameter {name} has NaN or infinite entries.")
+
+
+def sample(shape: Shape, inputs: Tensor | None, generator: torch.Generator) -> Tensor:
+    """``(1, *shape)``, float64: the sample that is given, or a random one."""
+    if inputs is not None:
+        return checks.shaped(inputs, "inputs", (1, *shape))
+    return torch.rand(1, *shape, generator=generator, dtype=torch.float64)

@@ -1,0 +1,415 @@
+"""Least squares, dense or matrix-free, with the rank that says whether to believe it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .krylov import LinearMap, Progress, Rows, Run, cgls, open_share, ritz_values, squared_norm
+
+__all__ = [
+    "Linearised",
+    "Operator",
+    "Preconditioned",
+    "Solution",
+    "draw",
+    "extreme_directions",
+    "extreme_eigenvalues",
+    "gauss_newton",
+    "inertia_rank",
+    "least_squares",
+    "rank_of",
+    "rank_test",
+]
+
+DENSE = 512  # unknowns below which an SVD is cheaper than one doubt about the rank
+TOLERANCE = 1e-10  # singular values below this share of the largest count as zero
+ROUNDING = 2e-15  # normal-equation residual, relative, at which float64 has nothing left to give
+INERTIA = 1e-13  # eigenvalues of the normal equations below this share of their sum are zero
+ROUNDS = 40  # of Gauss and Newton
+SHORTEST = 2.0**-10  # share of a step below which its linearisation is of no use
+STALLED = 1e-3  # a step that lowers the residual by less, relatively, was the last
+
+
+@runtime_checkable
+class Operator(LinearMap, Protocol):
+    """A linear map of ``like``'s shape that can be had in another precision and as a matrix."""
+
+    like: Tensor
+
+    def to(self, dtype: torch.dtype) -> LinearMap:
+        """Return the same map in another precision."""
+        ...
+
+    def matrix(self) -> Tensor:
+        """``(equations, unknowns)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What solving some equations gave, and whether it may be believed.
+
+    Attributes
+    ----------
+    x : Tensor
+        The least-squares answer, float64; of least norm where part of it is open.
+    residual : float
+        Norm of what the answer leaves unexplained, relative to the right-hand side: small is
+        necessary, not sufficient.
+    iterations : int
+        Applications of the map and its adjoint; 0 where a matrix was factorised.
+    undetermined : float
+        Share of the unknowns' space that the equations leave open: exact for a matrix, else
+        estimated from what is left of a random start.
+    smallest_singular_value, largest_singular_value : float
+        Over the determined part; estimates by Ritz values where matrix-free.
+    converged : bool
+        Whether the iteration reached rounding before its cap.
+    """
+
+    x: Tensor
+    residual: float
+    iterations: int
+    undetermined: float
+    smallest_singular_value: float
+    largest_singular_value: float
+    converged: bool = True
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether the equations determine every unknown."""
+        return self.undetermined == 0 and self.converged
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest singular value; infinite without full rank."""
+        if not self.full_rank or self.smallest_singular_value <= 0:
+            return math.inf
+        return self.largest_singular_value / self.smallest_singular_value
+
+
+def least_squares(
+    A: Operator,
+    b: Rows,
+    *,
+    noise: float = 0.0,
+    dense: bool | None = None,
+    cap: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Solution:
+    r""":math:`\hat x = \arg\min_x \lVert A x - b \rVert`, and the rank of ``A``.
+
+    Small systems by SVD; larger ones by conjugate gradients on the normal equations, float32
+    steps with float64 corrections, and then a dye that tells what stays open.
+
+    Parameters
+    ----------
+    A : Operator
+        The map, float64.
+    b : Rows
+        Right-hand side.
+    noise : float
+        Relative noise of ``b``: iterations that would only fit it are not spent.
+    dense : bool, optional
+        Force or forbid the SVD; by default it serves up to 512 unknowns.
+    cap : int, optional
+        Most iterations, ``10 000 + 4 √unknowns`` by default.
+    generator : torch.Generator, optional
+        Of the dye; a fixed one by default.
+    progress : callable, optional
+        Called with iterations done and the normal equations' residual.
+    """
+    n = A.like.numel()
+    if dense if dense is not None else n <= DENSE:
+        return _by_svd(A, b)
+    cap = cap or _cap(n)
+    size = math.sqrt(squared_norm(A.adjoint(b))) or 1.0
+    fast = A.to(torch.float32)
+    run = cgls(A, b, max(ROUNDING, 1e-4 * noise) * size, cap, fast=fast, progress=progress)
+    test = rank_test(A, cap=cap, generator=generator, fast=fast, progress=progress, beside=run)
+    return Solution(
+        x=run.x,
+        residual=_ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm())),
+        iterations=run.iterations + test.iterations,
+        undetermined=test.undetermined,
+        smallest_singular_value=test.smallest_singular_value,
+        largest_singular_value=test.largest_singular_value,
+        converged=run.converged or run.norm <= 1e4 * ROUNDING * size,
+    )
+
+
+def _by_svd(A: Operator, b: Rows) -> Solution:
+    M, rhs = A.matrix(), b.flat()
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    largest = float(S[0])
+    rank = int((largest * TOLERANCE < S).sum()) if largest > 0 else 0
+    inverse = (Vh[:rank].T / S[:rank]) @ U[:, :rank].T
+    x = inverse @ rhs
+    x = x + inverse @ (rhs - M @ x)  # one refinement: the SVD's own rounding
+    return Solution(
+        x=x.reshape(A.like.shape),
+        residual=_ratio(float((rhs - M @ x).norm()), float(rhs.norm())),
+        iterations=0,
+        undetermined=1 - rank / x.numel(),
+        smallest_singular_value=float(S[rank - 1]) if rank else 0.0,
+        largest_singular_value=largest,
+    )
+
+
+def rank_test(
+    A: LinearMap,
+    like: Tensor | None = None,
+    *,
+    cap: int | None = None,
+    generator: torch.Generator | None = None,
+    fast: LinearMap | None = None,
+    progress: Progress | None = None,
+    beside: Run | None = None,
+    spectrum: bool = True,
+) -> Solution:
+    """Solve ``A x = 0`` from a random start: what is left of it, nothing determines.
+
+    Parameters
+    ----------
+    A, fast : LinearMap
+        The map in float64, and in float32 where there is one.
+    like : Tensor, optional
+        Of the unknowns' shape; by default the map's own ``like``.
+    cap : int, optional
+        Most iterations; a test that they cut short is not ``converged``.
+    generator, progress
+        As for :func:`least_squares`.
+    beside : Run, optional
+        Another iteration on ``A``, whose Ritz values serve where it was the longer one.
+    spectrum : bool
+        Whether to tell the smallest and the largest singular value; zero where not.
+
+    Returns
+    -------
+    Solution
+        With ``x`` what is left of the start.
+    """
+    like = A.like if like is None else like  # type: ignore[attr-defined]
+    cap = cap or _cap(like.numel())
+    dye = draw(like, generator)
+    left, run = open_share(A, dye, cap, fast=fast, progress=progress)
+    longest = max((r for r in (beside, run) if r is not None), key=lambda r: len(r.alphas))
+    smallest, largest = ritz_values(longest.alphas, longest.betas) if spectrum else (0.0, 0.0)
+    finished = left == 0 or run.iterations < cap
+    return Solution(run.x, 0.0, run.iterations, left, smallest, largest, finished)
+
+
+def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw standard normal numbers of a tensor's shape, float64, on its device."""
+    generator = generator or torch.Generator().manual_seed(20180502)
+    drawn = torch.randn(
+        like.shape, generator=generator, dtype=torch.float64, device=generator.device
+    )
+    return drawn.to(like.device)
+
+
+def _cap(n: int) -> int:
+    return 10_000 + 4 * math.isqrt(n)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else part
+
+
+# --- the rank of a matrix ---------------------------------------------------------------------
+
+
+def rank_of(A: Tensor) -> int:
+    """Rank of a matrix: by SVD while that is cheap, else by inertia."""
+    if min(A.shape) > DENSE:
+        return inertia_rank(A if A.shape[0] >= A.shape[1] else A.T)
+    values = torch.linalg.svdvals(A)
+    return int((values > TOLERANCE * values.max()).sum()) if values.numel() else 0
+
+
+def inertia_rank(A: Tensor) -> int:
+    """Rank by Sylvester's law: a factorisation counts the eigenvalues of ``AᵀA`` above zero."""
+    gram = A.T @ A
+    scale = float(torch.linalg.matrix_norm(gram, 2 if len(gram) < 64 else "fro"))
+    if scale == 0:
+        return 0
+    gram.diagonal().sub_(INERTIA * scale)
+    LD, pivots = torch.linalg.ldl_factor(gram)
+    single = pivots > 0
+    below = int((LD.diagonal()[single] < 0).sum()) + int((~single).sum()) // 2
+    return len(gram) - below
+
+
+def extreme_directions(gram: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors of the smallest and the largest eigenvalue, by power iteration.
+
+    Parameters
+    ----------
+    gram, factor : Tensor
+        The matrix, and its Cholesky factor.
+    """
+    start = draw(gram[0], torch.Generator().manual_seed(1))
+    start = start / start.norm()
+    high = low = start
+    for _ in range(30):
+        high = gram @ high
+        high = high / high.norm()
+    for _ in range(10):
+        low = torch.cholesky_solve(low[:, None], factor)[:, 0]
+        low = low / low.norm()
+    return low, high
+
+
+def extreme_eigenvalues(gram: Tensor, factor: Tensor) -> tuple[float, float]:
+    """Smallest and largest, by :func:`extreme_directions`."""
+    low, high = extreme_directions(gram, factor)
+    return float(low @ (gram @ low)), float(high @ (gram @ high))
+
+
+# --- equations that are not linear ------------------------------------------------------------
+
+
+class Linearised:
+    r""":math:`d \mapsto r'(x)\,d` and its adjoint, from one graph each.
+
+    Parameters
+    ----------
+    rows : callable
+        From an input to :class:`Rows`, twice differentiable by autograd.
+    x : Tensor
+        Where.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, rows: Callable[[Tensor], Rows], x: Tensor) -> None:
+        self.like = x
+        with torch.enable_grad():
+            self.leaf = x.detach().clone().requires_grad_()
+            self.at = rows(self.leaf)
+            parts = [p for p in (self.at.z, self.at.g) if p.requires_grad]
+            # The adjoint is linear in the rows, so its own adjoint is the derivative.
+            self.tangents = [torch.zeros_like(p, requires_grad=True) for p in parts]
+            (self.pulled,) = torch.autograd.grad(
+                parts, self.leaf, self.tangents, create_graph=True, retain_graph=True
+            )
+        self.parts = parts
+
+    @property
+    def value(self) -> Rows:
+        """Rows at ``x``."""
+        return Rows(self.at.z.detach(), self.at.g.detach())
+
+    def forward(self, x: Tensor) -> Rows:
+        """Change of the rows along ``x``."""
+        pushed = torch.autograd.grad(
+            self.pulled, self.tangents, x, retain_graph=True, allow_unused=True
+        )
+        found = iter(pushed)
+        rows = []
+        for part in (self.at.z, self.at.g):
+            change = next(found) if part.requires_grad else None
+            rows.append(torch.zeros_like(part) if change is None else change)
+        return Rows(rows[0].detach(), rows[1].detach())
+
+    def columns(self, steps: Tensor) -> Tensor:
+        """Change of the rows along each of some steps, ``(steps, rows)``."""
+        pushed = torch.autograd.grad(
+            self.pulled, self.tangents, steps, retain_graph=True, is_grads_batched=True
+        )
+        return torch.cat([part.detach().flatten(1) for part in pushed], dim=1)
+
+    def adjoint(self, r: Rows) -> Tensor:
+        """Rows pulled back to the input."""
+        sides = [s for s, part in ((r.z, self.at.z), (r.g, self.at.g)) if part.requires_grad]
+        (pulled,) = torch.autograd.grad(self.parts, self.leaf, sides, retain_graph=True)
+        return pulled
+
+
+@dataclass
+class Preconditioned:
+    """``A R⁻¹``: conjugate gradients on it are preconditioned ones on ``A`` with ``RᵀR``.
+
+    Attributes
+    ----------
+    A : LinearMap
+        The map itself.
+    undo, undo_transposed : callable
+        ``R⁻¹`` and ``R⁻ᵀ``.
+    """
+
+    A: LinearMap
+    undo: Callable[[Tensor], Tensor]
+    undo_transposed: Callable[[Tensor], Tensor]
+    dtype: torch.dtype = torch.float64
+
+    def forward(self, x: Tensor) -> Rows:
+        """``A R⁻¹ x``."""
+        return self.A.forward(self.undo(x))
+
+    def adjoint(self, r: Rows) -> Tensor:
+        """``R⁻ᵀ Aᵀ r``."""
+        return self.undo_transposed(self.A.adjoint(r))
+
+
+def gauss_newton(
+    rest: Callable[[Tensor], Rows],
+    step: Callable[[Tensor, Rows, float], Tensor],
+    x: Tensor,
+    *,
+    target: float = 0.0,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> tuple[Tensor, list[float]]:
+    r""":math:`x \leftarrow x + t \arg\min_d \lVert J d - r(x) \rVert`, ``t`` halved until it helps.
+
+    Parameters
+    ----------
+    rest : callable
+        ``r``: what ``x`` leaves unexplained.
+    step : callable
+        Least-squares step from ``x``, ``r(x)`` and its norm.
+    x : Tensor
+        Where to begin.
+    target : float
+        Norm of ``r`` at which to stop.
+    rounds : int
+        Most steps.
+    progress : callable, optional
+        Called with the round and the norm.
+
+    Returns
+    -------
+    x : Tensor
+        The best answer.
+    norms : list of float
+        Of ``r``: at the start and after each step that helped.
+    """
+    r = rest(x)
+    norms = [math.sqrt(r.squared_norm())]
+    for turn in range(1, rounds + 1):
+        if norms[-1] <= target or not math.isfinite(norms[-1]):
+            break
+        d, length = step(x, r, norms[-1]), 1.0
+        while length > SHORTEST:
+            found = rest(x + length * d)
+            norm = math.sqrt(found.squared_norm())
+            if norm < norms[-1]:
+                x, r = x + length * d, found
+                norms.append(norm)
+                break
+            length /= 2
+        else:
+            break
+        if progress is not None:
+            progress(turn, norm)
+        if norms[-1] > (1 - STALLED) * norms[-2]:
+            break
+    return x, norms

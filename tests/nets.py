@@ -1,0 +1,204 @@
+"""Random small networks over every kind of layer that the engine knows, and what becomes of them.
+
+``python tests/nets.py 500`` audits and recovers that many and counts the verdicts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import gradinv_edu as gi
+from gradinv_edu.engine.layers.activations import INVERSES
+from gradinv_edu.errors import GradientInversionError, UndeterminedScaleError
+
+Shape = tuple[int, ...]
+Pick = Callable[..., int]
+LOSS = nn.CrossEntropyLoss()
+BENDS = [*INVERSES, lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.ReLU]
+
+
+class Residual(nn.Module):
+    """``short(x) + body(x)``."""
+
+    def __init__(self, body: nn.Module, short: nn.Module) -> None:
+        super().__init__()
+        self.body, self.short = body, short
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(x) + self.body(x)
+
+
+class Concatenation(nn.Module):
+    """Two ways side by side."""
+
+    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.other(x)], 1)
+
+
+def random_net(seed: int) -> tuple[nn.Module, Shape]:
+    """One to five layers with weights on vectors, signals or pictures; float64."""
+    attempt = 0
+    while True:
+        source = torch.Generator().manual_seed(100 * seed + attempt)
+        try:
+            return _Draw(source).net()
+        except RuntimeError:  # a kernel larger than what is left of the picture
+            attempt += 1
+
+
+class _Draw:
+    def __init__(self, source: torch.Generator) -> None:
+        self.source = source
+        self.layers: list[nn.Module] = []
+
+    def pick(self, *options: int) -> int:
+        return options[int(torch.randint(len(options), (1,), generator=self.source))]
+
+    def net(self) -> tuple[nn.Module, Shape]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.pick(*range(10**6)))
+            self.dimensions, depth = self.pick(0, 1, 2, 2, 2), self.pick(1, 2, 2, 3, 4, 5)
+            self.size = self.pick(4, 5, 6, 7)
+            shape = (self.pick(1, 2, 3), *[self.size] * self.dimensions)
+            shape = shape if self.dimensions else (self.pick(3, 8, 16),)
+            self.shape = shape
+            for _ in range(depth - 1):
+                self.piece()
+            if self.dimensions:
+                self.add(nn.Flatten())
+            bias = self.pick(0, 0, 1) == 1
+            self.add(nn.Linear(self.shape[0], self.pick(2, 3, 5, 5), bias=bias))
+            return nn.Sequential(*self.layers).double(), shape
+
+    def add(self, layer: nn.Module) -> None:
+        self.layers.append(layer)
+        self.shape = tuple(layer.double()(torch.zeros(1, *self.shape).double()).shape[1:])
+
+    def piece(self) -> None:
+        kind = self.pick(*range(8))
+        if kind == 0:
+            short = nn.Identity() if self.pick(0, 1) else self.linear(self.shape[0], same=True)
+            hidden = self.pick(1, 4, 8)
+            way = [self.linear(hidden, same=True), self.bend()]
+            way += [self.linear(self.shape[0], same=True, channels=hidden)]
+            self.add(Residual(nn.Sequential(*way), short))
+        elif kind == 1:
+            one = nn.Sequential(self.linear(self.pick(2, 6), same=True), self.bend())
+            other = self.linear(self.pick(1, 4), same=True) if self.pick(0, 1) else nn.Identity()
+            self.add(Concatenation(one, other))
+        else:
+            self.add(self.linear(self.pick(1, 2, 4, 8, 12, 16, 24)))
+        if self.pick(0, 0, 0, 0, 1):
+            self.add(self.norm())
+        if self.dimensions and self.pick(0, 0, 0, 0, 1):
+            pool = nn.AvgPool1d if self.dimensions == 1 else nn.AvgPool2d
+            self.add(pool(2, self.pick(1, 2)))
+        if self.pick(*[0] * 7, 1):
+            self.add(nn.Dropout(0.3).train(bool(self.pick(0, 1))))
+        self.add(self.bend() if self.pick(*range(40)) else nn.GELU())
+
+    def linear(self, width: int, same: bool = False, channels: int | None = None) -> nn.Module:
+        channels, bias = channels or self.shape[0], bool(self.pick(0, 1))
+        if not self.dimensions:
+            return nn.Linear(channels, width, bias=bias)
+        kind = nn.Conv1d if self.dimensions == 1 else nn.Conv2d
+        if same:
+            return kind(channels, width, 3, padding=1, bias=bias)
+        groups = self.pick(1, 1, 1, channels)
+        options = {"stride": self.pick(1, 1, 2), "padding": self.pick(0, 1), "bias": bias}
+        width += -width % groups
+        return kind(channels, width, self.pick(1, 2, 3), groups=groups, **options)
+
+    def norm(self) -> nn.Module:
+        kind = nn.BatchNorm2d if self.dimensions == 2 else nn.BatchNorm1d
+        norm = kind(self.shape[0])
+        norm.running_var.uniform_(0.5, 2.0)
+        norm.running_mean.uniform_(-1.0, 1.0)
+        return norm.eval()
+
+    def bend(self) -> nn.Module:
+        return BENDS[self.pick(*range(len(BENDS)))]()
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What an audit told of one gradient, and what recovery made of it."""
+
+    audit: gi.Audit
+    found: gi.Recovery | None
+    refusal: GradientInversionError | None
+    error: float
+    drawn: bool  # whether the two saw different dropout masks
+
+    @property
+    def agree(self) -> bool:
+        return self.audit.exact == (self.found is not None and self.found.exact)
+
+    @property
+    def outcome(self) -> str:
+        """How they agree, or the class of their disagreement."""
+        audit, found = self.audit, self.found
+        if self.agree:
+            if audit.exact:
+                return "both exact"
+            return "neither exact" if found else f"refused: {type(self.refusal).__name__}"
+        if self.drawn:
+            return "each draws its own dropout mask"
+        if isinstance(self.refusal, UndeterminedScaleError) or (
+            found and len(found.candidates) > 1
+        ):
+            return "the loss leaves twins or a scale"
+        if found is None:
+            return f"OTHER: audit exact, recovery raises {type(self.refusal).__name__}"
+        if found.exact:
+            return "OTHER: recovery alone is exact"
+        if all(layer.full_rank for layer in found.layers):
+            return "full rank, but not accurate enough"
+        return "OTHER: audit alone is exact"
+
+
+def verdicts(model: nn.Module, shape: Shape, seed: int = 0) -> Verdicts:
+    """Audit and recover the same random input."""
+    source, same = (torch.Generator().manual_seed(seed) for _ in range(2))
+    target = torch.randint(model(torch.zeros(1, *shape).double()).shape[1], (1,), generator=same)
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = any(isinstance(m, nn.Dropout) and m.training for m in model.modules())
+    audit = gi.audit(model, shape, inputs=x, jacobian=False, generator=source)  # the same label
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        update = gi.observe(model, LOSS, x, target)
+    try:
+        found = gi.recover(model, update, shape, LOSS)
+    except GradientInversionError as refusal:
+        return Verdicts(audit, None, refusal, float("inf"), drawn)
+    return Verdicts(audit, found, None, gi.metrics.relative_error(found.inputs, x), drawn)
+
+
+if __name__ == "__main__":
+    import time
+
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    first, last = (0, int(sys.argv[1])) if len(sys.argv) == 2 else map(int, sys.argv[1:])
+    for seed in range(first, last):
+        started = time.process_time()
+        model, shape = random_net(seed)
+        seen = verdicts(model, shape, seed)
+        spent = time.process_time() - started
+        counts[seen.outcome] += 1
+        wrong = seen.found is not None and seen.found.exact and not seen.error < 1e-6
+        counts["WRONG"] += wrong
+        if wrong or not seen.agree or spent > 4:
+            print(seed, f"{spent:.1f}s", seen.outcome, f"{seen.error:.1e}", flush=True)
+    for outcome, count in counts.most_common():
+        print(f"{count:5} {outcome}")
