@@ -1,298 +1,246 @@
-"""The last layer of a batch: every sample's input and output gradient, from one summed gradient."""
+"""Chapter 3. A dense layer's gradient and a batch: ``G = K X``, and the ReLU's zeros in ``K``.
+
+Rows that one sample alone excites give it at once (:func:`isolated_samples`); else the sparsest
+directions of the gradient's column space are the samples' (:func:`recover_batch`). At the other
+end of a network the softmax takes a batch apart (:func:`recover_outputs`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from . import checks
-from .errors import InvalidArgumentError, NotRecoveredError
+from .checks import checked
+from .engine.losses import count_labels, possible_labels, recover_outputs
+from .engine.low_rank import Factors, low_rank_factors, machine_epsilon, require_bias
+from .engine.sparse import Progress, null_vectors, sparse_basis, sparse_directions
+from .errors import InconsistentGradientError, InvalidArgumentError
 
-STARTS = 64  # random predictions tried at once for one guess of the labels
-GUESSES = 200  # of the labels, at most
-STEPS = 60  # of Levenberg and Marquardt from each of them
-DONE = 1e-13  # norm of the equations at which the best start has nothing left to gain
-NULL = 1e-9  # singular values below this share of the largest count as zero
+__all__ = [
+    "Factors",
+    "Isolated",
+    "count_labels",
+    "expected_isolated",
+    "forward_agreement",
+    "isolated_samples",
+    "low_rank_factors",
+    "null_vectors",
+    "possible_labels",
+    "recover_batch",
+    "recover_outputs",
+    "sparse_basis",
+    "sparse_directions",
+]
 
 
-@dataclass(frozen=True)
-class BatchOutput:
-    """The last layer undone for a batch.
+class Isolated(NamedTuple):
+    """A sample that several rows name alike: ``x``, ``(n,)``, and those ``rows``."""
 
-    Attributes
-    ----------
-    k : Tensor
-        ``∂L/∂z``, ``(N, classes)``.
-    x : Tensor
-        Inputs of the layer, ``(N, n)``.
-    targets : Tensor
-        Class indices, ``(N,)``.
-    residual : float
-        How far ``k`` is from what the softmax of ``x`` asks for, relative.
-    """
-
-    k: Tensor
     x: Tensor
-    targets: Tensor
-    residual: float
+    rows: Tensor
 
 
-def possible_labels(weight_gradient: Tensor, batch_size: int) -> list[int]:
-    r""":math:`\exists d:\; (U\Sigma d)_y < 0,\; (U\Sigma d)_c \ge 0 \text{ for } c \ne y`.
+@checked
+def isolated_samples(
+    weight_gradient: Float[Tensor, " m n"],
+    bias_gradient: Float[Tensor, " m"] | None,
+    outputs: int,
+    tolerance: float | None = None,
+) -> list[Isolated]:
+    r""":math:`G_i / b_i = G_j / b_j \Rightarrow` one sample alone excites rows i and j: it is this.
 
-    Every ``k_n`` is negative at its label and nowhere else, and lies in the column space of the
-    last layer's gradient: a class for which no such vector exists is no label of the batch.
-    Implements :eq:`batch-labels`.
+    A row's ratio is a mixture of the samples that excite it, in shares that differ from row to
+    row; two rows agree only where there was nothing to mix. No truth is needed to see that. Right
+    under one output, or two classes, shares hang on nothing but which samples excite a row:
+    mixtures agree too, and no gradient tells. Implements :eq:`lonely-rows`.
 
     Parameters
     ----------
-    weight_gradient : Tensor
-        Of the last layer, ``(classes, n)``.
-    batch_size : int
-        ``N``; at most ``classes − 1`` samples can be told apart.
+    weight_gradient, bias_gradient : Tensor
+        ``(m, n)`` and ``(m,)``, of a batch of any size.
+    outputs : int
+        How many outputs the network has.
+    tolerance : float, optional
+        Relative difference of equal ratios; by default, what the client's rounding explains.
 
     Returns
     -------
-    list of int
-        In rising order.
+    list of Isolated
+        The sample of most rows first; each from the row of its largest bias gradient.
 
     Raises
     ------
-    InvalidTensorError
-        If the gradient is not a finite matrix.
-    InvalidArgumentError
-        If the batch size is not between 1 and ``classes − 1``.
-    NotRecoveredError
-        If the gradient's rank is not ``batch_size``.
-
-    Notes
-    -----
-    Source: Dang et al. (2021), as a linear programme per class.
+    InvalidTensorError, VanishingGradientError, UndeterminedScaleError, InvalidArgumentError
+        If a tensor, ``outputs`` or the tolerance cannot be.
+    InconsistentGradientError
+        If equality proves nothing: under fewer than three outputs, or if groups are dependent.
     """
-    left, _ = _split(weight_gradient, batch_size)
-    return [y for y in range(len(left)) if _separable(left, y)]
-
-
-def _split(weight_gradient: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """``UΣ`` and ``V`` of the rank-``N`` gradient."""
-    G = checks.shaped(weight_gradient, "weight_gradient", (None, None))
-    limit = min(len(G) - 1, G.shape[1])
-    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-    if not whole or not 1 <= batch_size <= limit:
-        raise InvalidArgumentError(
-            f"batch_size is {batch_size!r}; a last layer of shape {tuple(G.shape)} tells at most "
-            f"{limit} samples apart, since each k sums to zero over the classes."
+    b = require_bias(bias_gradient)
+    if tolerance is not None and not tolerance >= 0:
+        raise InvalidArgumentError(f"tolerance is zero or more; got {tolerance!r}.")
+    if checks.whole(outputs, "outputs") < 3:
+        raise InconsistentGradientError(
+            f"Under {outputs} output(s) rows are mixed in equal shares: that ratios are equal "
+            "proves nothing there. Three outputs or more would make it a certificate."
         )
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    eps = max(NULL, 30 * torch.finfo(weight_gradient.dtype).eps)
-    rank = int((eps * S[0] < S).sum())
-    if rank != batch_size:
-        raise NotRecoveredError(
-            f"The last layer's gradient has rank {rank}, not {batch_size}: the batch has another "
-            "size, or holds samples that this layer cannot tell apart."
-        )
-    return U[:, :rank] * S[:rank], Vh[:rank].T
+    tolerance = 1e3 * machine_epsilon(weight_gradient) if tolerance is None else tolerance
+    rows = b.abs().argsort(descending=True)
+    rows = rows[b[rows] != 0]
+    ratios = weight_gradient[rows] / b[rows, None]
+    free = torch.ones(len(rows), dtype=torch.bool, device=b.device)
+    found = []
+    for place, ratio in enumerate(ratios):
+        near = free & ((ratios - ratio).norm(dim=1) <= tolerance * ratio.norm())
+        if bool(free[place]) and int(near.sum()) > 1:
+            found.append(Isolated(ratio, rows[near]))
+        free &= ~near
+    if found:
+        x = torch.stack([sample.x for sample in found])
+        whole = torch.cat([x, x.norm(dim=1).mean().expand(len(x), 1)], dim=1)
+        S = torch.linalg.svdvals(whole)
+        if len(x) > whole.shape[1] or float(S[-1]) < 1e-6 * float(S[0]):
+            raise InconsistentGradientError(
+                f"{len(x)} groups of rows have equal ratios, but these are mixtures of one "
+                "another: rows are mixed in equal shares, as under a network with a single "
+                "output, and equality proves nothing there."
+            )
+    return sorted(found, key=lambda sample: -len(sample.rows))
 
 
-def _separable(left: Tensor, y: int) -> bool:
-    from scipy.optimize import linprog
+def expected_isolated(rows: int, batch_size: int, active: float) -> float:
+    r""":math:`m\,N\,q\,(1 - q)^{N-1}`: rows that one sample alone excites.
 
-    rows = left.cpu().numpy() / float(left.abs().max())
-    others = [c for c in range(len(rows)) if c != y]
-    found = linprog(rows[y], -rows[others], [1e-9] * len(others), bounds=(-1e3, 1e3))
-    return bool(found.status == 0 and found.fun < -1e-6)
+    Of m ``rows``, each excited by each of N samples with probability ``active``, q,
+    independently. Largest at q = 1/N, where it is nearly m/e. Implements :eq:`isolated-count`.
+    Raises :class:`InvalidArgumentError` for m, N or q that cannot be.
+
+    >>> expected_isolated(1000, 4, 0.5)
+    250.0
+    """
+    m, N = checks.whole(rows, "rows"), checks.whole(batch_size, "batch_size")
+    if not isinstance(active, int | float) or not 0 <= active <= 1:
+        raise InvalidArgumentError(f"active is a probability, from 0 to 1; got {active!r}.")
+    return m * N * active * (1 - active) ** (N - 1)
 
 
-def recover_outputs(
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_gradient: Tensor,
-    bias_gradient: Tensor | None,
+@checked
+def recover_batch(
+    weight_gradient: Float[Tensor, " m n"],
+    bias_gradient: Float[Tensor, " m"] | None,
     batch_size: int,
     *,
-    reduction: str = "mean",
+    weight: Float[Tensor, " m n"] | None = None,
+    bias: Float[Tensor, " m"] | None = None,
+    method: str = "descent",
     generator: torch.Generator | None = None,
-) -> list[BatchOutput]:
-    r""":math:`N k_n = \mathrm{softmax}(W V c_n + b) - e_{y_n},\quad K = U\Sigma\,C^{-\top}`.
+    progress: Progress | bool = False,
+    budget: int | None = None,
+) -> Float[Tensor, " batch_size n"]:
+    r""":math:`x_n = (K^+ G)_n / (K^+ b)_n`: every sample of a batch, from the sparse ``K``.
 
-    The gradient of a last layer, ``G = Σ k_n x_nᵀ = UΣVᵀ``, has rank ``N``: each input is
-    ``x_n = V c_n``, and all of ``K`` follows from the ``N²`` numbers in ``C``. The softmax
-    gives ``N(classes − 1)`` equations for them, solved by Levenberg and Marquardt from random
-    predictions, for each multiset of the labels that are possible. Implements
-    :eq:`batch-softmax`.
+    ``[G | b] = K [X | 1]`` has rank N, and after a ReLU each column of ``K`` is zero in many
+    rows, those in which its sample is off: :func:`sparse_basis` finds it up to its length, which
+    ``b = ∂L/∂b`` gives. For one averaged gradient, or the sum of several local steps in which
+    each sample has rows where it stays off. Implements :eq:`batch-inputs`.
 
     Parameters
     ----------
-    weight, bias : Tensor
-        ``W`` ``(classes, n)`` and ``b`` ``(classes,)`` or None.
     weight_gradient, bias_gradient : Tensor
-        Of the batch, shaped likewise; the bias gradient may be None.
+        ``∂L/∂W`` and ``∂L/∂b`` of a dense layer before a ReLU, ``(m, n)`` and ``(m,)``.
     batch_size : int
-        ``N``.
-    reduction : {"mean", "sum"}
-        Of the cross-entropy over the batch.
-    generator : torch.Generator, optional
-        Of the random starts; a fixed one by default.
+        N, the number of different samples, at most min(m, n + 1).
+    weight, bias : Tensor, optional
+        The layer's own ``(m, n)`` and ``(m,)`` when the gradient was taken: an answer must then
+        pass :func:`forward_agreement`, and the search ends as soon as it does. Leave them out
+        for several local steps, which switch units; then an answer whose zeros are few, or avoid
+        each other, as mixtures' may above few outputs, is refused.
+    method, generator, progress, budget
+        Of the search, as :func:`sparse_basis` takes them.
 
     Returns
     -------
-    list of BatchOutput
-        Every answer that fits, best first; samples in the order of their labels.
+    Tensor
+        ``(batch_size, n)``, float64, in no particular order.
 
     Raises
     ------
-    InvalidTensorError, InvalidArgumentError
-        If an argument has the wrong shape or value.
-    NotRecoveredError
-        If the rank is not ``N``, or no start leads to an answer.
+    InvalidTensorError, VanishingGradientError, UndeterminedScaleError, InvalidArgumentError
+        If an argument cannot be, or ``bias_gradient`` is ``None``.
+    InconsistentGradientError, NotRecoveredError
+        If the gradient's rank is not N; if not all samples were found, or they may be mixtures.
 
     Notes
     -----
-    The setting is that of Zhu and Blaschko's follow-up to R-GAP; the reduction to ``N²``
-    unknowns is this project's.
+    Source: Dimitrov et al. (2024), SPEAR; descent, witness and test of ambiguity: this project.
     """
-    if reduction not in ("mean", "sum"):
-        raise InvalidArgumentError(f"reduction is 'mean' or 'sum'; got {reduction!r}.")
-    left, V = _split(weight_gradient, batch_size)
-    W = checks.shaped(weight, "weight", tuple(weight_gradient.shape))
-    b = W.new_zeros(len(W)) if bias is None else checks.shaped(bias, "bias", (len(W),))
-    count = batch_size if reduction == "mean" else 1
-    problem = _Problem(W @ V, b, count * left, batch_size)
-    if bias_gradient is not None:
-        problem.total = count * checks.shaped(bias_gradient, "bias_gradient", (len(W),))
-    generator = generator or torch.Generator().manual_seed(20210112)
-    tolerance = max(1e-8, 3e3 * torch.finfo(weight_gradient.dtype).eps)
-    guesses = _label_guesses(possible_labels(weight_gradient, batch_size), batch_size)
-    for labels in guesses[:GUESSES]:
-        if found := problem.solve(labels, generator, tolerance):
-            targets = torch.tensor(labels)
-            return [BatchOutput(problem.k(C) / count, C @ V.T, targets, r) for C, r in found]
-    raise NotRecoveredError(
-        f"{min(len(guesses), GUESSES)} of {len(guesses)} guesses of the {batch_size} labels were "
-        "tried, and no predictions explain the last layer's gradient: the loss may be another, "
-        "or the predictions too confident for this precision."
+    G, b = weight_gradient, require_bias(bias_gradient)
+    if bias is not None and weight is None:
+        raise InvalidArgumentError("bias is of no use without weight: give both, or neither.")
+    scale = G.norm() / b.norm()  # so that neither part drowns the other
+    whole = torch.cat([G, (scale * b)[:, None]], dim=1)
+    eps = max(machine_epsilon(G), machine_epsilon(b))
+    factors = low_rank_factors(whole, batch_size, eps)
+
+    def inputs(directions: Tensor) -> Tensor:
+        rows = torch.linalg.lstsq(factors.left @ directions, whole).solution
+        x: Tensor = rows[:, :-1] / rows[:, -1:] * scale
+        return x
+
+    def agrees(directions: Tensor) -> bool:
+        assert weight is not None
+        return forward_agreement(weight, bias, G, inputs(directions)) > 0.99
+
+    directions = sparse_basis(
+        factors,
+        method=method,
+        generator=generator,
+        progress=progress,
+        budget=budget,
+        accept=None if weight is None else agrees,
     )
+    return inputs(directions)
 
 
-def _label_guesses(possible: list[int], batch_size: int) -> list[tuple[int, ...]]:
-    """Multisets of the possible labels, the most varied first: spurious labels are rare."""
-    guesses = combinations_with_replacement(possible, batch_size)
-    return sorted(guesses, key=lambda labels: -len(set(labels)))
+@checked
+def forward_agreement(
+    weight: Float[Tensor, " m n"],
+    bias: Float[Tensor, " m"] | None,
+    weight_gradient: Float[Tensor, " m n"],
+    inputs: Float[Tensor, " batch n"],
+) -> float:
+    r""":math:`[k_{nj} \neq 0] = [w_j \cdot x_n + b_j > 0]`: in what share of rows this holds.
 
+    The forward pass tells which units each recovered sample switches on; with ``K = G X⁺`` the
+    gradient tells it again. For the samples themselves both agree in all rows that are not zero.
+    Implements :eq:`forward-witness`.
 
-class _Problem:
-    """Softmax equations in ``D = C⁻ᵀ``, for many starts at once; rows of ``C`` are ``c_n``."""
+    Parameters
+    ----------
+    weight, bias, weight_gradient : Tensor
+        Of the layer, ``(m, n)``, ``(m,)`` or ``None``, and one averaged gradient ``(m, n)``.
+    inputs : Tensor
+        Recovered samples, ``(N, n)``.
 
-    def __init__(self, WV: Tensor, b: Tensor, left: Tensor, batch_size: int) -> None:
-        self.WV, self.b, self.left, self.N = WV, b, left, batch_size
-        self.total: Tensor | None = None
+    Returns
+    -------
+    float
+        From 0 to 1.
 
-    def k(self, C: Tensor) -> Tensor:
-        """``N k_n`` as rows."""
-        found: Tensor = torch.linalg.solve(C.T, self.left.T)
-        return found
+    Raises
+    ------
+    InvalidTensorError, VanishingGradientError
+        If shapes do not belong together, or a tensor is not finite; if the gradient is zero.
 
-    def residuals(self, D: Tensor, one_hot: Tensor) -> Tensor:
-        """Of ``D``, ``(starts, N, N)``: equations end to end, ``(starts, equations)``."""
-        k = D @ self.left.T
-        z = _inverse(D) @ self.WV.T + self.b
-        gaps = (k + one_hot - z.softmax(-1)).flatten(1)
-        if self.total is None:
-            return gaps
-        return torch.cat([gaps, k.sum(1) - self.total], dim=1)
-
-    def jacobian(self, D: Tensor) -> Tensor:
-        """Of :meth:`residuals`, ``(starts, equations, N²)``, in closed form."""
-        C = _inverse(D)
-        p = (C @ self.WV.T + self.b).softmax(-1)
-        inner = self.WV - (p @ self.WV).unsqueeze(-2)  # (starts, N, classes, N)
-        slope = p.unsqueeze(-1) * inner  # dp_n/dc_n
-        N, eye = self.N, torch.eye(self.N, dtype=D.dtype, device=D.device)
-        from_k = torch.einsum("ni,mj->nmij", eye, self.left)
-        from_p = torch.einsum("snmb,snj,sib->snmij", slope, C, C)  # dC = -C dDᵀ C
-        whole = (from_k + from_p).flatten(1, 2).flatten(2)
-        if self.total is None:
-            return whole
-        sums = self.left.T.new_zeros(len(self.left), N, N) + self.left[:, None, :]
-        return torch.cat([whole, sums.flatten(1).expand(len(D), -1, -1)], dim=1)
-
-    def solve(
-        self, labels: tuple[int, ...], generator: torch.Generator, tolerance: float
-    ) -> list[tuple[Tensor, float]]:
-        """Distinct answers for these labels, with their residuals."""
-        one_hot = torch.zeros_like(self.left.T)
-        one_hot[range(self.N), list(labels)] = 1.0
-        D = self._descend(self._starts(one_hot, generator), one_hot)
-        rest = self._inconsistency(D, one_hot)
-        answers: list[tuple[Tensor, float]] = []
-        for i in torch.argsort(rest).tolist():
-            if not float(rest[i]) <= tolerance:
-                break
-            C = _inverse(D[i])
-            if not any(_same(C, other, labels, 1e3 * tolerance) for other, _ in answers):
-                answers.append((C, float(rest[i])))
-        return answers
-
-    def _inconsistency(self, D: Tensor, one_hot: Tensor) -> Tensor:
-        """Largest gap of a sample relative to its ``k``; infinite inputs with ``k = 0`` fit not."""
-        k = D @ self.left.T
-        gaps = self.residuals(D, one_hot)
-        own = gaps[:, : k[0].numel()].reshape(k.shape).norm(dim=2)
-        rest: Tensor = (own / k.norm(dim=2)).amax(dim=1) + gaps[:, k[0].numel() :].norm(dim=1)
-        return rest
-
-    def _starts(self, one_hot: Tensor, generator: torch.Generator) -> Tensor:
-        """``D`` of random predictions, from even to confident ones."""
-        shape = (STARTS, self.N, len(self.left))
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.left)
-        spread = torch.linspace(0.1, 4.0, STARTS, dtype=torch.float64).to(self.left)
-        p = (spread[:, None, None] * noise).softmax(-1)
-        D: Tensor = (p - one_hot) @ torch.linalg.pinv(self.left).T
-        return D
-
-    def _descend(self, D: Tensor, one_hot: Tensor) -> Tensor:
-        """Levenberg and Marquardt, every start with its own damping."""
-        damping = torch.full((len(D), 1, 1), 1e-2, dtype=D.dtype, device=D.device)
-        eye = torch.eye(self.N**2, dtype=D.dtype, device=D.device)
-        r = self.residuals(D, one_hot)
-        for step_number in range(STEPS):
-            J = self.jacobian(D)
-            gram = J.transpose(1, 2) @ J
-            scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
-            factor, _ = torch.linalg.cholesky_ex(gram + damping * scale.unsqueeze(1) * eye)
-            step = torch.cholesky_solve(J.transpose(1, 2) @ r.unsqueeze(-1), factor)
-            trial = D - step.reshape_as(D)
-            new = self.residuals(trial, one_hot)
-            better = (new.norm(dim=1) < r.norm(dim=1)) & torch.isfinite(new).all(1)
-            D = torch.where(better[:, None, None], trial, D)
-            r = torch.where(better[:, None], new, r)
-            damping = torch.where(better[:, None, None], damping / 10, damping * 10)
-            damping = damping.clamp(1e-15, 1e9)
-            if float(r.norm(dim=1).min()) < DONE and step_number > 20:
-                break
-        return D
-
-
-def _inverse(D: Tensor) -> Tensor:
-    """``D⁻ᵀ``; not finite where there is none."""
-    inverse: Tensor = torch.linalg.inv_ex(D.mT).inverse
-    return inverse
-
-
-def _same(C: Tensor, other: Tensor, labels: tuple[int, ...], tolerance: float) -> bool:
-    """Whether two answers differ by the order of samples of equal label alone."""
-    left = list(range(len(C)))
-    for row, label in zip(C, labels, strict=True):
-        match = [
-            i
-            for i in left
-            if labels[i] == label
-            and float((other[i] - row).norm()) <= tolerance * float(row.norm())
-        ]
-        if not match:
-            return False
-        left.remove(match[0])
-    return True
+    Notes
+    -----
+    Source: Dimitrov et al. (2024) choose their directions by this agreement.
+    """
+    G = checks.not_all_zero(weight_gradient, "weight_gradient")
+    K = torch.linalg.lstsq(inputs.T, G.T).solution.T
+    on = K.abs() > max(1e-9, 100 * machine_epsilon(G)) * K.square().mean(dim=0).sqrt()
+    z = weight @ inputs.T + (0 if bias is None else bias[:, None])
+    return float((on == (z > 0))[(G != 0).any(dim=1)].double().mean())
