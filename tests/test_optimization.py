@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradinv_edu import data, metrics, models, sharing
+from gradinv_edu import data, labels, metrics, models, sharing
 from gradinv_edu import optimization as opt
 from gradinv_edu.errors import (
     InvalidArgumentError,
@@ -24,11 +24,7 @@ SHAPE = (1, 8, 8)
 CLASS = torch.tensor([3])
 SCHEDULES: list[dict[str, Any]] = [
     {},
-    {"weight_decay": 0.01},
-    {"local_steps": 4, "learning_rate": 0.1},
     {"local_steps": 4, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01},
-    {"local_steps": 5, "learning_rate": 0.1, "batch_size": 2},
-    {"local_steps": 3, "learning_rate": 0.01, "optimizer": "adam", "weight_decay": 0.01},
 ]
 
 
@@ -51,32 +47,11 @@ def _match(net: nn.Module, update: sharing.Update, **settings: Any) -> opt.Match
 # --- the objective ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_the_client_s_steps_are_imitated_exactly(schedule: dict[str, Any]) -> None:
-    net, (x, y) = _net(), data.digits([3, 1, 4], dtype=torch.float64)
-    update = sharing.observe(net, CE, x, y, **schedule)
-    found = opt.simulated_update(net, update, CE, x, y)
-    assert list(found) == list(update.gradients)
-    for name, gradient in update.gradients.items():
-        torch.testing.assert_close(found[name].detach(), gradient, rtol=1e-9, atol=1e-12)
-
-
-def test_the_imitation_is_differentiable() -> None:
-    net, x = _net(), _digit().requires_grad_()
-    update = sharing.observe(net, CE, _digit(), CLASS, local_steps=3, learning_rate=0.5)
-
-    def size(guess: Tensor) -> Tensor:
-        sent = opt.simulated_update(net, update, CE, guess, CLASS)
-        return sum((g.square().sum() for g in sent.values()), torch.zeros(()))
-
-    assert torch.autograd.gradcheck(size, (x,))
-
-
 @pytest.mark.parametrize("method", list(opt.METHODS))
-@pytest.mark.parametrize("schedule", SCHEDULES[:4], ids=str)
-def test_the_objective_vanishes_at_the_truth(method: str, schedule: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", SCHEDULES, ids=str)
+def test_the_objective_vanishes_at_the_truth(method: str, settings: dict[str, Any]) -> None:
     net, x = _net(), _digit()
-    update = sharing.observe(net, CE, x, CLASS, **schedule)
+    update = sharing.observe(net, CE, x, CLASS, **settings)
     found = _match(net, update, method=method, start=x, targets=CLASS, steps=1)
     assert found.objective < 1e-14
     assert metrics.psnr(found.inputs, x) > 100
@@ -100,8 +75,10 @@ def test_the_objective_is_the_published_one() -> None:
 # --- the search -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("start", ["normal", "uniform", "patterned"])
+@pytest.mark.parametrize(
+    ("dtype", "start"),
+    [(torch.float32, "normal"), (torch.float64, "uniform"), (torch.float64, "patterned")],
+)
 def test_idlg_finds_the_picture(dtype: torch.dtype, start: str) -> None:
     net = _net(dtype)
     update = sharing.observe(net, CE, _digit(dtype), CLASS)
@@ -198,15 +175,15 @@ def test_a_search_stops_early() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "labels", [[4], [1, 7, 7, 2], [0, 0, 0, 5], [9, 8, 3, 1, 0, 4], [7, 1, 7, 2, 7, 1]]
+    "classes", [[4], [1, 7, 7, 2], [0, 0, 0, 5], [9, 8, 3, 1, 0, 4], [7, 1, 7, 2, 7, 1]]
 )
-def test_labels_are_counted(bias: bool, labels: list[int]) -> None:
+def test_labels_are_counted(bias: bool, classes: list[int]) -> None:
     net = models.lenet(SHAPE, bias=bias, dtype=torch.float64)
-    x = data.digits(range(len(labels)), dtype=torch.float64)[0]
-    for schedule in ({}, {"local_steps": 3, "learning_rate": 0.001, "momentum": 0.5}):
-        update = sharing.observe(net, CE, x, torch.tensor(labels), **schedule)  # type: ignore[arg-type]
-        found = opt.recover_labels(net, update, CE, SHAPE).tolist()
-        assert found == sorted(labels) or (not bias and set(found) <= set(labels))
+    x = data.digits(range(len(classes)), dtype=torch.float64)[0]
+    for settings in ({}, {"local_steps": 3, "learning_rate": 0.001, "momentum": 0.5}):
+        update = sharing.observe(net, CE, x, torch.tensor(classes), **settings)  # type: ignore[arg-type]
+        found = labels.recover_labels(net, update, CE, SHAPE).tolist()
+        assert found == sorted(classes) or (not bias and set(found) <= set(classes))
 
 
 def test_labels_of_other_losses() -> None:
@@ -214,10 +191,10 @@ def test_labels_of_other_losses() -> None:
     target = torch.ones(1, 1, dtype=torch.float64)
     loss = nn.BCEWithLogitsLoss()
     update = sharing.observe(net, loss, _digit(), target)
-    assert torch.equal(opt.recover_labels(net, update, loss), target)
+    assert torch.equal(labels.recover_labels(net, update, loss), target)
     two = sharing.observe(net, loss, _digit().repeat(2, 1, 1, 1), target.repeat(2, 1))
     with pytest.raises(InvalidArgumentError, match="No rule gives the labels"):
-        opt.recover_labels(net, two, loss)
+        labels.recover_labels(net, two, loss)
 
 
 # --- manners ----------------------------------------------------------------------------------
@@ -253,8 +230,12 @@ def test_it_works_inside_no_grad() -> None:
         ({"start": "flat"}, UnknownNameError, "No start 'flat'; there are normal"),
         ({"steps": 0}, InvalidArgumentError, "steps must be a whole number"),
         ({"restarts": 1.5}, InvalidArgumentError, "restarts must be a whole number"),
-        ({"learning_rate": -1.0}, InvalidArgumentError, "learning_rate is -1.0"),
-        ({"total_variation": float("nan")}, InvalidArgumentError, "total_variation is nan"),
+        ({"learning_rate": -1.0}, InvalidArgumentError, "learning_rate must be positive, got -1.0"),
+        (
+            {"total_variation": float("nan")},
+            InvalidArgumentError,
+            "total_variation must be zero or more, got nan",
+        ),
         ({"patience": 0}, InvalidArgumentError, "patience must be"),
         ({"guess_masks": True}, InvalidArgumentError, "needs a dropout layer in training mode"),
         ({"targets": torch.tensor([1, 2])}, InvalidTensorError, "a tensor of 1 labels"),
@@ -284,12 +265,12 @@ def test_updates_that_say_nothing_are_refused() -> None:
         opt.match_gradients(net, update, (64,), CE, total_variation=0.1)
     zero = sharing.Update({n: torch.zeros_like(g) for n, g in update.gradients.items()})
     with pytest.raises(VanishingGradientError, match="The classifier's gradient"):
-        opt.recover_labels(net, zero, CE)
+        labels.recover_labels(net, zero, CE)
     spoiled = sharing.Update({n: g * torch.nan for n, g in update.gradients.items()})
     with pytest.raises(InvalidTensorError, match="NaN"):
-        opt.recover_labels(net, spoiled, CE)
+        labels.recover_labels(net, spoiled, CE)
     with pytest.raises(InvalidTensorError, match="the model no such parameter"):
-        opt.recover_labels(models.lenet(SHAPE), update, CE)
+        labels.recover_labels(models.lenet(SHAPE), update, CE)
     del update.gradients["3.weight"]
     with pytest.raises(UnsupportedLayerError, match="give them as targets"):
         _match(net, update)
@@ -305,8 +286,6 @@ def test_shapes_and_labels_that_do_not_fit_are_told_in_shapes() -> None:
             _match(net, update, targets=wrong)
     with pytest.raises(InvalidArgumentError, match="input_shape is a tuple"):
         opt.match_gradients(net, update, None, CE)  # type: ignore[arg-type]
-    with pytest.raises(InvalidTensorError, match=r"inputs \(2, 1, 8, 8\) and targets \(1,\)"):
-        opt.simulated_update(net, update, CE, torch.cat([_digit()] * 2), CLASS)
     for tolerance in (-1.0, float("nan"), "small"):
-        with pytest.raises(InvalidArgumentError, match="tolerance is"):
+        with pytest.raises(InvalidArgumentError, match="tolerance must be"):
             _match(net, update, tolerance=tolerance)

@@ -1,0 +1,76 @@
+r"""Dropout as a defense: a random mask before the classifier (chapter 11)."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from . import checks
+from .errors import UnsupportedLayerError
+
+__all__ = ["classifier", "with_dropout"]
+
+
+def with_dropout(model: nn.Sequential, rate: float) -> nn.Sequential:
+    r""":math:`a \leftarrow \tfrac{1}{1-p}\, m \odot a`, :math:`m_i \sim \text{Bernoulli}(1-p)`.
+
+    A copy of the model with a dropout layer between encoder and classifier, its last dense layer.
+    Implements :eq:`dropout-layer`.
+
+    Parameters
+    ----------
+    model : torch.nn.Sequential
+        With a dense layer.
+    rate : float
+        :math:`p`, the probability with which a unit is dropped in training mode, in [0, 1).
+
+    Returns
+    -------
+    torch.nn.Sequential
+        A copy, in the same mode and with equal weights; later layers count one more.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``rate`` is not in [0, 1).
+    UnsupportedLayerError
+        If the model is not sequential or has no dense layer.
+
+    Notes
+    -----
+    Source: Zheng (2021).
+    """
+    checks.number(rate, "rate", "in [0, 1)", lambda p: 0 <= p < 1)
+    place = classifier(model)
+    layers = list(copy.deepcopy(model))
+    return nn.Sequential(*layers[:place], nn.Dropout(rate), *layers[place:]).train(model.training)
+
+
+def classifier(model: nn.Module) -> int:
+    """Place of a sequential model's classifier, its last dense layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Sequential
+        To look through.
+
+    Returns
+    -------
+    int
+        ``model[place]`` is a ``torch.nn.Linear``.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If the model is not sequential or has no dense layer.
+    """
+    if not isinstance(model, nn.Sequential):
+        raise UnsupportedLayerError(
+            f"The model is a {type(model).__name__}; this needs an nn.Sequential, whose layers "
+            "can be told apart."
+        )
+    places = [place for place, layer in enumerate(model) if isinstance(layer, nn.Linear)]
+    if not places:
+        raise UnsupportedLayerError("The model has no dense layer, so no classifier.")
+    return places[-1]

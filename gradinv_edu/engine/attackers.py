@@ -1,0 +1,129 @@
+"""Attackers by name: from what a server holds to an answer that says whether to trust it.
+
+Chapters, scoreboard, guard and benchmarks share this table. A new attacker is one function with a
+line above it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from .. import fully_connected
+from ..errors import DoesNotApplyError, InvalidArgumentError, UnknownNameError
+from ..sharing import Update
+from . import aware
+from .received import Answer, Received, first_layer, gradient_of, match, recover
+
+__all__ = ["ATTACKERS", "Answer", "Attacker", "Received", "get", "register"]
+
+Attack = Callable[[Received], Answer]
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """One attack, to be called with what a server has received.
+
+    Attributes
+    ----------
+    name : str
+        As it is printed.
+    attack : callable
+        From :class:`Received` to :class:`Answer`.
+    aware : bool
+        Whether it knows of the defense.
+    promises : bool
+        Whether it can be sure of an answer at all; a search never is.
+    """
+
+    name: str
+    attack: Attack
+    aware: bool
+    promises: bool
+
+    def __call__(self, received: Received) -> Answer:
+        """Attack; typed errors say that there is no answer, or that the attack does not apply."""
+        return self.attack(received)
+
+
+ATTACKERS: dict[str, Attacker] = {}
+
+
+def register(
+    name: str, *, aware: bool = False, promises: bool = False
+) -> Callable[[Attack], Attack]:
+    """Put the decorated function into the table, as an attacker of this name.
+
+    Parameters
+    ----------
+    name : str
+        As it is printed.
+    aware, promises : bool
+        As in :class:`Attacker`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is one of that name.
+    """
+    if name in ATTACKERS:
+        raise InvalidArgumentError(f"There is an attacker {name!r} already.")
+
+    def add(attack: Attack) -> Attack:
+        ATTACKERS[name] = Attacker(name, attack, aware, promises)
+        return attack
+
+    return add
+
+
+def get(name: str) -> Attacker:
+    """Find an attacker by its name.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is none; the message lists those that there are.
+    """
+    if name not in ATTACKERS:
+        raise UnknownNameError(f"No attacker {name!r}; there are {', '.join(ATTACKERS)}.")
+    return ATTACKERS[name]
+
+
+@register("ratio")
+def ratio(received: Received) -> Answer:
+    r""":math:`x = \operatorname{mean}_i\, G_i / b_i`: chapter 1's ratio, every row alike."""
+    name, layer = first_layer(received.model)
+    if not isinstance(layer, nn.Linear):
+        raise DoesNotApplyError(
+            "The first layer is a convolution; its ratio is a mean of patches (chapter 4)."
+        )
+    G, b = (gradient_of(received, f"{name}.{part}") for part in ("weight", "bias"))
+    x = fully_connected.recover_input(G, b, method="mean")
+    return Answer(x.reshape(1, *received.input_shape), False)
+
+
+@register("recursion", promises=True)
+def walk(received: Received) -> Answer:
+    """The recursion of chapter 6 as if there were no defense."""
+    plain = {n: g / received.update.local_steps for n, g in received.update.gradients.items()}
+    model = copy.deepcopy(received.model).eval()  # dropout is not known of
+    return recover(replace(received, model=model, update=Update(plain)))
+
+
+@register("DLG")
+def dlg(received: Received) -> Answer:
+    """Deep Leakage from Gradients: L-BFGS, the label guessed along."""
+    return match(received, "dlg", steps=received.steps // 20, naive=True)
+
+
+@register("cosine + TV")
+def cosine(received: Received) -> Answer:
+    """Inverting Gradients: signed Adam on the cosine, with total variation."""
+    return match(received, "inverting_gradients", naive=True)
+
+
+register("aware algebra", aware=True, promises=True)(aware.algebra)
+register("aware search", aware=True)(aware.search)

@@ -1,0 +1,124 @@
+"""A scoreboard's file as a table and as a drawing."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import MissingExtraError
+from .attackers import ATTACKERS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["SUCCESS", "best", "draw", "table"]
+
+SUCCESS = 25.0  # dB; a threshold that looking up a digit of the same class seldom passes
+
+
+def table(board: dict[str, Any]) -> pd.DataFrame:
+    """A board as a table: a row a cell, with medians over its pictures.
+
+    Parameters
+    ----------
+    board : dict
+        From :func:`load`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        By ``net``, ``defense``, ``attacker`` (or ``"price"``): ``psnr``, ``ssim``, ``successes``
+        and ``pictures``, the share ``exact`` that the attacker is sure of (NaN: it never is),
+        ``seconds``, ``accuracy`` and the two ``epsilon``; NaN where something does not apply.
+    """
+    rows = []
+    for name, cell in board["cells"].items():
+        row = dict(zip(("net", "defense", "attacker"), name.split("/"), strict=True))
+        for column in ("psnr", "ssim"):
+            row[column] = median(cell.get(column, [math.nan]))
+        for column in ("exact", "accuracy"):
+            row[column] = fmean(cell.get(column, [math.nan]))
+        row["successes"] = sum(psnr > SUCCESS for psnr in cell.get("psnr", []))
+        row["pictures"] = len(cell.get("psnr", []))
+        epsilons = ("epsilon_of_one_update", "epsilon_of_the_training")
+        rows.append(row | {n: cell.get(n, math.nan) for n in ("seconds", *epsilons)})
+    return _pandas().DataFrame(rows).set_index(["net", "defense", "attacker"])
+
+
+def best(board: dict[str, Any], *, naive: bool = False) -> pd.DataFrame:
+    """The attacker of highest median PSNR in each row of the board; one who knows may use any.
+
+    Parameters
+    ----------
+    board : dict
+        From :func:`load`.
+    naive : bool
+        Among those who do not know of the defense, only.
+
+    Returns
+    -------
+    pandas.DataFrame
+        By ``net`` and ``defense``, with the columns of :func:`table` and ``attacker``; no row
+        where the defense does not apply to the network.
+    """
+    names = [n for n, a in ATTACKERS.items() if not (naive and a.aware)]
+    cells = table(board).dropna(subset="psnr").reset_index("attacker")
+    cells = cells[cells["attacker"].isin(names)].sort_values("psnr", ascending=False, kind="stable")
+    return cells[~cells.index.duplicated()]
+
+
+def draw(board: dict[str, Any]) -> Figure:
+    """Draw the whole board: defenses down, attackers across, a panel for each network.
+
+    Parameters
+    ----------
+    board : dict
+        From :func:`load`, with no cell missing.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Registered with pyplot. Numbers are median PSNR in dB, darker is more of the picture; a
+        dot says that the attacker is sure of every picture, a dash that it does not apply.
+    """
+    import matplotlib.pyplot as plt
+
+    from ..kit.plotting import style
+
+    cells, columns = table(board), list(ATTACKERS)
+    nets, defenses = (list(cells.index.unique(level)) for level in ("net", "defense"))
+    colours = plt.colormaps["GnBu"].with_extremes(bad="#f4f3f1")
+    with style():
+        figure, panels = plt.subplots(
+            1, len(nets), figsize=(8.6, 7.6), sharey=True, layout="constrained"
+        )
+        for panel, net in zip(panels, nets, strict=True):
+            psnr, exact = (
+                cells[name].unstack()[columns].loc[net].loc[defenses] for name in ("psnr", "exact")
+            )
+            panel.imshow(psnr.clip(upper=60), cmap=colours, vmin=0, vmax=75, aspect="auto")
+            for (i, j), value in np.ndenumerate(psnr):
+                sure = "•" if exact.iat[i, j] == 1 else ""
+                entry = "–" if math.isnan(value) else f"{value:.0f}{sure}"
+                ink = "white" if value > 50 else "#23292e"
+                panel.text(j, i, entry, ha="center", va="center", fontsize=7.5, color=ink)
+            panel.axvline(sum(not a.aware for a in ATTACKERS.values()) - 0.5, color="white", lw=3)
+            panel.set_xticks(range(len(columns)), columns, rotation=60, ha="right")
+            panel.tick_params(length=0)
+            panel.set_title(net)
+        panels[0].set_yticks(range(len(defenses)), defenses)
+    return figure
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingExtraError(
+            "pandas is not installed: uv pip install 'gradinv_edu[scoreboard]'."
+        ) from error
+    return pandas
