@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -9,35 +10,35 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-import gradinv_edu as gi
-from gradinv_edu import federation
-from gradinv_edu.errors import (
-    InvalidArgumentError,
-    InvalidTensorError,
-    MissingExtraError,
-    UnknownNameError,
-)
-from gradinv_edu.federation import CuriousServer, LeakAudit, Limits, Schedule
-
-federation.flower()
-from flwr.app import Array, ArrayRecord, MetricRecord  # noqa: E402
-from flwr.client.mod import secaggplus_mod  # noqa: E402
-from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod  # noqa: E402
-from flwr.serverapp.strategy import (  # noqa: E402
+from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.client.mod import secaggplus_mod
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
     FedAvgM,
 )
+from torch import Tensor, nn
+
+import gradinv_edu as gi
+from gradinv_edu import federation
+from gradinv_edu.engine import client
+from gradinv_edu.errors import (
+    InvalidArgumentError,
+    InvalidTensorError,
+    MissingExtraError,
+    RayStartError,
+    UnknownNameError,
+)
+from gradinv_edu.federation import CuriousServer, LeakAudit, Limits, Schedule
 
 SIZE, SHAPE = 16, (3, 16, 16)
 NAMES = ("astronaut", "cat", "coffee", "rocket")
@@ -45,20 +46,26 @@ PHOTOS = torch.cat([gi.data.photo(name, size=SIZE) for name in NAMES])
 LABELS = torch.tensor([3, 5, 8, 1])
 LOSS = nn.CrossEntropyLoss()
 ONE = Schedule(learning_rate=0.1)
+WITHHELD = "update withheld by the client's own audit"
 
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="flwr")
+    np.random.seed(0)  # Flower draws its noise from numpy
 
 
-def one_each(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def one_each(context: Any) -> tuple[Tensor, Tensor]:
     i = int(context.node_config["partition-id"])
     return PHOTOS[i : i + 1], LABELS[i : i + 1]
 
 
-def dense() -> nn.Sequential:
-    return gi.models.mlp([math.prod(SHAPE), 64, 10])
+def all_four(context: Any) -> tuple[Tensor, Tensor]:
+    return PHOTOS, LABELS
+
+
+def dense(width: int = 64) -> nn.Sequential:
+    return gi.models.mlp([math.prod(SHAPE), width, 10])
 
 
 def convolutional() -> nn.Sequential:
@@ -70,13 +77,9 @@ def fedavg(**settings: Any) -> FedAvg:
 
 
 def federate(
-    model: nn.Module,
-    schedule: Schedule = ONE,
-    strategy: Any = None,
-    mods: Any = (),
-    data: Any = one_each,
-    **settings: Any,
-) -> CuriousServer:
+    model: nn.Module, schedule: Schedule = ONE, strategy: Any = None, mods: Any = (),
+    data: Any = one_each, **settings: Any,
+) -> CuriousServer:  # fmt: skip
     server = CuriousServer(strategy or fedavg(), model)
     app = federation.client_app(model, LOSS, data, mods)
     federation.simulate(server, app, model, schedule, **{"clients": 4, **settings})
@@ -91,11 +94,15 @@ def only(partition: int, mod: Any) -> Any:
     return chosen
 
 
-def psnr(recovered: torch.Tensor, partition: int) -> float:
+def psnr(recovered: Tensor, partition: int) -> float:
     return gi.metrics.psnr(recovered.reshape(SHAPE).double().clamp(0, 1), PHOTOS[partition])
 
 
-def ratio(seen: federation.Received) -> torch.Tensor:
+def by_recursion(seen: federation.Received) -> Tensor:
+    return gi.recover(seen.model, seen.update, SHAPE, LOSS).inputs
+
+
+def by_ratio(seen: federation.Received) -> Tensor:
     return federation.first_layer_ratio(seen.model, seen.update, SHAPE)
 
 
@@ -103,14 +110,13 @@ def ratio(seen: federation.Received) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [dense, convolutional])
-def test_one_round_gives_every_clients_picture_away(make: Any) -> None:
-    server = federate(make())
-    assert [seen.update.samples for seen in server.received] == [1] * 4
+def test_a_federation_of_two_clients_leaks_at_the_server(make: Any) -> None:
+    server = federate(make(), clients=2)
+    assert [seen.update.samples for seen in server.received] == [1, 1]
     for partition, seen in enumerate(server.received):
         found = gi.recover(seen.model, seen.update, SHAPE, LOSS)
-        assert found.exact
+        assert found.exact and psnr(found.inputs, partition) > 80
         assert int(found.targets) == int(LABELS[partition])
-        assert psnr(found.inputs, partition) > 80
 
 
 def test_the_second_round_is_read_with_the_second_rounds_weights() -> None:
@@ -119,138 +125,117 @@ def test_the_second_round_is_read_with_the_second_rounds_weights() -> None:
     assert [seen.round for seen in server.received] == [1] * 4 + [2] * 4
     late = server.received[4]
     assert not torch.equal(late.model.state_dict()["0.weight"], model.state_dict()["0.weight"])
-    assert psnr(gi.recover(late.model, late.update, SHAPE, LOSS).inputs, 0) > 80
+    assert psnr(by_recursion(late), 0) > 80
 
 
-def test_the_curious_server_follows_the_protocol_to_the_bit() -> None:
-    model = dense()
-    honest = FedAvgM(fraction_evaluate=0.0, server_momentum=0.5)
-    app = federation.client_app(model, LOSS, one_each)
-    plain = federation.simulate(honest, app, model, ONE, clients=4, rounds=2)
-    curious = CuriousServer(FedAvgM(fraction_evaluate=0.0, server_momentum=0.5), model)
-    same = federation.simulate(curious, app, model, ONE, clients=4, rounds=2)
-    for name, array in plain.arrays.items():
-        assert np.allclose(array.numpy(), same.arrays[name].numpy(), atol=1e-7), name
+def test_the_curious_server_follows_the_protocol_and_the_guard_lets_evaluation_pass() -> None:
+    model, results = dense(), []
+    audit = LeakAudit(model, LOSS, one_each, policy="warn")
+    for wrap, mods in ((lambda inside, _: inside, []), (CuriousServer, [audit])):
+        strategy = FedAvgM(fraction_evaluate=1.0, server_momentum=0.5)  # no client can evaluate
+        app = federation.client_app(model, LOSS, one_each, mods)
+        server = wrap(strategy, model)
+        results.append(federation.simulate(server, app, model, ONE, clients=4, rounds=2))
+    for name, array in results[0].arrays.items():
+        assert np.allclose(array.numpy(), results[1].arrays[name].numpy(), atol=1e-7), name
+    assert len(audit.reports) == 8
 
 
 def test_the_update_is_the_one_that_observe_makes() -> None:
-    model, schedule = dense(), Schedule(0.05, local_epochs=3, momentum=0.9, weight_decay=0.01)
-    seen = federate(model, schedule).received[1]
+    model, schedule = dense(), Schedule(0.05, 3, 3, momentum=0.9, weight_decay=0.01)
+    update = federate(model, schedule, data=all_four, clients=2).received[1].update
+    assert (update.local_steps, update.batch_size, update.samples) == (6, 3, 4)
+    update = federate(model, Schedule(0.05, 3, momentum=0.9, weight_decay=0.01)).received[1].update
     expected = gi.observe(
         model, LOSS, PHOTOS[1:2], LABELS[1:2],
         local_steps=3, learning_rate=0.05, momentum=0.9, weight_decay=0.01,
     )  # fmt: skip
-    assert seen.update.local_steps == 3
+    assert update.local_steps == 3
     for name, gradient in expected.gradients.items():
-        assert gi.metrics.relative_error(seen.update.gradients[name], gradient) < 1e-4
+        assert gi.metrics.relative_error(update.gradients[name], gradient) < 1e-4
 
 
-@pytest.mark.parametrize("epochs", [1, 5])
-def test_local_epochs_leave_a_first_dense_layer_exact(epochs: int) -> None:
-    server = federate(dense(), Schedule(0.1, local_epochs=epochs))
-    assert all(psnr(ratio(seen), i) > 100 for i, seen in enumerate(server.received))
+CENTRAL = DifferentialPrivacyServerSideFixedClipping
+BY_CLIENTS = DifferentialPrivacyClientSideFixedClipping
+LOCAL = LocalDpMod(1.0, 1.0, 1.0, 1e-5)
 
 
-def test_mini_batches_are_counted_as_steps() -> None:
-    def five(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return PHOTOS[[0, 1, 2, 3, 0]], LABELS[[0, 1, 2, 3, 0]]
-
-    server = federate(dense(), Schedule(0.1, local_epochs=2, batch_size=2), data=five)
-    update = server.received[0].update
-    assert (update.local_steps, update.batch_size, update.samples) == (6, 2, 5)
-
-
-def test_flowers_clipping_hides_nothing() -> None:
-    central = DifferentialPrivacyServerSideFixedClipping(fedavg(), 1.0, 0.1, 4)
-    server = federate(convolutional(), strategy=central)
-    first = server.received[0]
-    assert psnr(gi.recover(first.model, first.update, SHAPE, LOSS).inputs, 0) > 80
-    client = DifferentialPrivacyClientSideFixedClipping(fedavg(), 1.0, 0.1, 4)
-    server = federate(dense(), strategy=client, mods=[fixedclipping_mod])
-    norm = sum(float(g.square().sum()) for g in server.received[0].update.gradients.values())
-    assert math.sqrt(norm) * 0.1 < 0.1001
-    assert all(psnr(ratio(seen), i) > 80 for i, seen in enumerate(server.received))
-
-
-def test_flowers_local_noise_hides() -> None:
-    np.random.seed(0)
-    server = federate(dense(), mods=[LocalDpMod(1.0, 1.0, 1.0, 1e-5)])
-    assert all(psnr(ratio(seen), i) < 15 for i, seen in enumerate(server.received))
+@pytest.mark.parametrize(
+    ("make", "settings", "read", "low", "high"),
+    [
+        (dense, {"schedule": Schedule(0.1, local_epochs=5)}, by_ratio, 100, math.inf),
+        (convolutional, {"strategy": (CENTRAL, 0.1)}, by_recursion, 80, math.inf),
+        (dense, {"strategy": (BY_CLIENTS, 0.1), "mods": [fixedclipping_mod]}, by_ratio, 80, 1e9),
+        (dense, {"mods": [LOCAL]}, by_ratio, -math.inf, 15),
+    ],
+    ids=["local epochs", "central noise", "clipping by clients", "local noise"],
+)
+def test_what_the_framework_hides(
+    make: Any, settings: dict[str, Any], read: Any, low: float, high: float
+) -> None:
+    if "strategy" in settings:
+        wrapper, norm = settings["strategy"]
+        settings = {**settings, "strategy": wrapper(fedavg(), 1.0, norm, 4)}
+    for partition, seen in enumerate(federate(make(), **settings).received):
+        assert low < psnr(read(seen), partition) < high
 
 
 # --- secure aggregation -----------------------------------------------------------------------
 
 
-def secure(model: nn.Module, schedule: Schedule = ONE, **settings: Any) -> federation.SecureRound:
-    np.random.seed(0)
-    app = federation.client_app(model, LOSS, one_each, [secaggplus_mod], secure=True)
-    return federation.secure_round(app, model, schedule, **{"clients": 4, **settings})
+def secure(
+    model: nn.Module, schedule: Schedule = ONE, data: Any = one_each, **settings: Any
+) -> Any:
+    app = federation.client_app(model, LOSS, data, [secaggplus_mod])
+    fine = {"clients": 4, "max_weight": 1.0, "clipping_range": 1.0}
+    return federation.secure_round(app, model, schedule, **{**fine, **settings})
 
 
 def test_masked_updates_are_noise_and_their_sum_is_a_batch() -> None:
-    model = gi.models.mlp([math.prod(SHAPE), 256, 10])
-    found = secure(model, schedule=Schedule(1.0), max_weight=1.0, clipping_range=1.0)
-    assert len(found.masked) == 4 and not found.failures
+    model = dense(256)
+    found = secure(model, Schedule(1.0))
+    assert len(found.masked) == 4 and not found.failures and found.update.samples == 4
     share = found.masked[0]["1.weight"].double() / 2**32
     assert abs(float(share.mean()) - 0.5) < 0.01 and abs(float(share.var()) - 1 / 12) < 0.01
-    batch = gi.observe(model, LOSS, PHOTOS, LABELS)
-    error = gi.metrics.relative_error(
-        found.update.gradients["1.weight"], batch.gradients["1.weight"]
-    )
-    assert error < 1e-2 and found.update.samples == 4
+    batch = gi.observe(model, LOSS, PHOTOS, LABELS).gradients["1.weight"]
+    assert gi.metrics.relative_error(found.update.gradients["1.weight"], batch) < 1e-2
     apart = gi.recover(model, found.update, SHAPE, LOSS, batch_size=4)
     assert apart.exact and sorted(apart.targets.tolist()) == sorted(LABELS.tolist())
-    for partition in range(4):
-        assert max(psnr(x, partition) for x in apart.inputs) > 80
+    assert all(max(psnr(x, i) for x in apart.inputs) > 80 for i in range(4))
 
 
-def test_secure_aggregation_begins_again_without_a_client_out_of_reach() -> None:
-    found = secure(dense(), max_weight=1.0, clipping_range=1.0, unreachable=[3])
-    assert [failure.node for failure in found.failures] == [103]
-    assert len(found.masked) == 3 and found.update.samples == 3
-
-
-def test_secure_aggregation_goes_on_without_a_client_that_fails_in_training() -> None:
-    def broken(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def test_secure_aggregation_goes_on_without_a_client_that_is_lost() -> None:
+    def broken(context: Any) -> tuple[Tensor, Tensor]:
         if context.node_config["partition-id"] == 1:
             raise OSError("disk full")
         return one_each(context)
 
     model = dense()
-    app = federation.client_app(model, LOSS, broken, [secaggplus_mod], secure=True)
-    found = federation.secure_round(app, model, ONE, clients=4, max_weight=1.0, clipping_range=1.0)
-    three = gi.observe(model, LOSS, PHOTOS[[0, 2, 3]], LABELS[[0, 2, 3]])
-    assert [failure.node for failure in found.failures] == [101]
-    error = gi.metrics.relative_error(
-        found.update.gradients["1.weight"], three.gradients["1.weight"]
-    )
-    assert error < 1e-2
-
-
-def test_secure_aggregation_says_why_not() -> None:
-    with pytest.raises(InvalidArgumentError, match="three clients or more, not 2"):
-        secure(dense(), clients=2)
-    with pytest.raises(InvalidTensorError, match=r"no answer from \[101, 102, 103\], and 1 "):
-        secure(dense(), unreachable=[1, 2, 3])
+    for settings, lost in (({"unreachable": [3]}, 3), ({"data": broken}, 1)):
+        found, left = secure(model, **settings), [i for i in range(4) if i != lost]
+        assert [failure.node for failure in found.failures] == [100 + lost]
+        assert len(found.masked) == 3 and found.update.samples == 3
+        three = gi.observe(model, LOSS, PHOTOS[left], LABELS[left]).gradients["1.weight"]
+        assert gi.metrics.relative_error(found.update.gradients["1.weight"], three) < 1e-2
 
 
 # --- the other side ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [dense, convolutional])
-def test_a_leaking_update_never_reaches_the_server(make: Any) -> None:
+def test_a_leaking_update_never_reaches_the_server(make: Any, tmp_path: Path) -> None:
     model = make()
-    audit = LeakAudit(model, LOSS, one_each, seconds=60)
+    audit = LeakAudit(model, LOSS, one_each, seconds=60, folder=tmp_path)
     server = federate(model, mods=[only(2, audit)])
     assert [seen.node for seen in server.received] == [100, 101, 103]
-    assert [(f.node, f.reason) for f in server.failures] == [
-        (102, "update withheld by the client's own audit")
-    ]
+    assert server.failures == [federation.Failure(1, 102, WITHHELD)]
     (report,) = audit.reports
     assert (report.client, report.round, report.action) == (2, 1, "withheld")
     assert report.worst.psnr > 80 and report.worst.ssim > 0.99 and report.worst.relative > 1
     assert "gives its input away exactly" in report.architecture
     assert str(report).startswith("client 2, round 1: withheld (")
+    (line,) = (tmp_path / "client-2.jsonl").read_text().splitlines()
+    assert json.loads(line)["attempts"][0]["attack"] == "ratio"
 
 
 def test_all_withheld_leaves_the_weights_and_the_federation_alone() -> None:
@@ -258,121 +243,90 @@ def test_all_withheld_leaves_the_weights_and_the_federation_alone() -> None:
     server = CuriousServer(fedavg(), model)
     app = federation.client_app(model, LOSS, one_each, [LeakAudit(model, LOSS, one_each)])
     result = federation.simulate(server, app, model, ONE, clients=4, rounds=2)
-    assert not server.received and len(server.failures) == 8
-    assert not result.arrays
+    assert not server.received and len(server.failures) == 8 and not result.arrays
 
 
 def test_warn_sends_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = dense()
     with caplog.at_level(logging.WARNING, "gradinv_edu.federation"):
         server = federate(model, mods=[LeakAudit(model, LOSS, one_each, policy="warn")])
-    assert len(server.received) == 4 and psnr(ratio(server.received[0]), 0) > 80
+    assert len(server.received) == 4 and psnr(by_ratio(server.received[0]), 0) > 80
     assert "client 0, round 1: sent with a warning (ratio recovers the data)" in caplog.text
 
 
-def test_noise_is_raised_until_the_limits_hold() -> None:
-    model, limits = dense(), Limits(psnr=15, ssim=0.3)
-    audit = LeakAudit(
-        model, LOSS, one_each, policy="noise", limits=limits, seconds=60,
-        generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
-    server = federate(model, mods=[only(0, audit)])
-    assert audit.reports[0].action == "sent with noise" and audit.reports[0].sigma > 0
-    assert psnr(ratio(server.received[0]), 0) < 15 < 80 < psnr(ratio(server.received[1]), 1)
+def test_noise_is_raised_until_the_limits_hold_from_a_seed_that_nobody_knows() -> None:
+    model, seen = dense(), []
+    for _ in range(2):
+        audit = LeakAudit(model, LOSS, one_each, policy="noise", limits=Limits(15, 0.3), seconds=60)
+        server = federate(model, mods=[only(0, audit)])
+        assert audit.reports[0].action == "sent with noise"
+        seen.append(server.received[0].update.gradients["1.weight"])
+    assert psnr(by_ratio(server.received[0]), 0) < 15 < 80 < psnr(by_ratio(server.received[1]), 1)
     exact = gi.observe(model, LOSS, PHOTOS[:1], LABELS[:1]).gradients["1.weight"]
-    noise = server.received[0].update.gradients["1.weight"] - exact
-    assert float(noise.std()) == pytest.approx(audit.reports[0].sigma, rel=0.02)
-
-
-def test_noise_comes_from_a_seed_that_nobody_knows() -> None:
-    model = dense()
-    audit = LeakAudit(model, LOSS, one_each, policy="noise", seconds=60)
-    states = [federate(model, mods=[only(0, audit)]).received[0].update for _ in range(2)]
-    assert not torch.equal(states[0].gradients["1.bias"], states[1].gradients["1.bias"])
+    assert float((seen[1] - exact).std()) == pytest.approx(audit.reports[0].sigma, rel=0.02)
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_what_leaves_is_what_is_audited() -> None:
-    np.random.seed(0)
     model = dense()
     audit = LeakAudit(model, LOSS, one_each)
-    server = federate(model, mods=[audit, LocalDpMod(1.0, 1.0, 1.0, 1e-5)])
-    assert len(server.received) == 4
+    assert len(federate(model, mods=[audit, LOCAL]).received) == 4
     assert {report.action for report in audit.reports} == {"sent"}
 
 
-def test_a_batch_is_judged_by_its_worst_sample() -> None:
-    def all_of_them(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return PHOTOS, LABELS
-
-    model = gi.models.mlp([math.prod(SHAPE), 256, 10])
-    audit = LeakAudit(model, LOSS, all_of_them, seconds=60)
-    server = federate(model, mods=[only(0, audit)], data=all_of_them)
-    assert audit.reports[0].action == "withheld" and audit.reports[0].worst.psnr > 30
-    assert len(server.received) == 3
-
-
-def test_the_budget_is_kept_and_the_audit_fails_closed() -> None:
-    model = dense()
-    for policy, action in (("withhold", "withheld"), ("warn", "sent with a warning")):
-        audit = LeakAudit(model, LOSS, one_each, policy=policy, seconds=1e-6)
-        federate(model, mods=[only(0, audit)])
-        assert audit.reports[0].action == action
-        assert "out of time" in audit.reports[0].reason
+def test_a_batch_is_judged_by_the_sample_that_leaks_most() -> None:
+    model, settings = dense(24), {"attackers": ["ratio"], "policy": "warn"}
+    audit = LeakAudit(model, LOSS, all_four, seconds=60, **settings)  # type: ignore[arg-type]
+    server = federate(model, mods=[only(0, audit)], data=all_four, clients=2)
+    rows = by_ratio(server.received[0])
+    best = [max(psnr(row, i) for row in rows) for i in range(4)]
+    assert max(best) > min(best) + 3
+    assert audit.reports[0].worst.psnr == pytest.approx(max(best), abs=0.01)
 
 
-@pytest.mark.parametrize(("matching", "action"), [(False, "sent"), (True, "withheld")])
-def test_gradient_matching_finds_what_the_exact_attacks_do_not(matching: bool, action: str) -> None:
-    def tiny(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def test_gradient_matching_finds_what_the_exact_attacks_do_not() -> None:
+    def tiny(context: Any) -> tuple[Tensor, Tensor]:
         return gi.data.digit(3), torch.tensor([1])
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = (nn.Flatten(), nn.Linear(64, 48, bias=False), nn.GELU(), nn.Linear(48, 10))
-        model = nn.Sequential(*layers)
-    audit = LeakAudit(model, LOSS, tiny, matching=matching, seconds=60)
-    federate(model, mods=[only(0, audit)], data=tiny)
-    (report,) = audit.reports
-    assert report.action == action
-    assert [a.attack for a in report.attempts] == ["ratio", "recursion", "matching"][: 2 + matching]
+    layers = (nn.Flatten(), nn.Linear(64, 48, bias=False), nn.GELU(), nn.Linear(48, 10))
+    model = nn.Sequential(*layers)
+    for attackers, action in ((("ratio", "recursion"), "sent"), (("matching",), "withheld")):
+        audit = LeakAudit(model, LOSS, tiny, attackers=attackers, seconds=60)
+        federate(model, mods=[only(0, audit)], data=tiny, clients=2)
+        assert audit.reports[0].action == action
+        assert tuple(a.attack for a in audit.reports[0].attempts) == attackers
 
 
-def test_the_deadline_stops_a_computation_in_the_middle() -> None:
-    with pytest.raises(federation._OutOfTime), federation._Deadline(0.05):
+@pytest.mark.parametrize(
+    ("policy", "seconds", "make", "action", "reason"),
+    [
+        ("withhold", 1e-6, dense, "withheld", "out of time"),
+        ("noise", 1e-6, dense, "withheld", "out of time"),
+        ("warn", 1e-6, dense, "sent with a warning", "out of time"),
+        ("withhold", 60, convolutional, "withheld", "of another architecture"),
+    ],
+)
+def test_the_audit_fails_closed(
+    policy: str, seconds: float, make: Any, action: str, reason: str
+) -> None:
+    audit = LeakAudit(make(), LOSS, one_each, policy=policy, seconds=seconds)
+    server = federate(dense(), mods=[only(0, audit)], clients=2)
+    assert audit.reports[0].action == action and reason in audit.reports[0].reason
+    assert len(server.received) == 2 - (action == "withheld")
+
+
+def test_attacks_that_do_not_end_keep_a_leaking_network_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def endless(*_: Any) -> Any:
         while True:
             torch.func.vjp(torch.sin, torch.ones(3))
 
-
-def test_an_audit_of_another_architecture_withholds_and_says_why() -> None:
-    model = dense()
-    audit = LeakAudit(convolutional(), LOSS, one_each)
-    server = federate(model, mods=[only(1, audit)])
-    assert len(server.received) == 3
-    assert "of another architecture" in audit.reports[0].reason
-
-
-def test_reports_are_written_for_the_client_only(tmp_path: Path) -> None:
-    model = dense()
-    audit = LeakAudit(model, LOSS, one_each, folder=tmp_path)
-    federate(model, mods=[only(3, audit)], rounds=2)
-    lines = (tmp_path / "client-3.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [1, 2]
-    assert json.loads(lines[0])["attempts"][0]["attack"] == "ratio"
-
-
-def test_messages_that_are_not_training_pass() -> None:
-    message = SimpleNamespace(metadata=SimpleNamespace(message_type="evaluate"))
-    audit = LeakAudit(dense(), LOSS, one_each)
-    passed: Any = audit(message, None, lambda *_: "passed")  # type: ignore[arg-type]
-    assert passed == "passed" and not audit.reports
-
-
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(UnknownNameError, match="No policy 'hope'; there are warn, noise, with"):
-        LeakAudit(dense(), LOSS, one_each, policy="hope")  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgumentError, match="seconds must be positive"):
-        LeakAudit(dense(), LOSS, one_each, seconds=0)
-    with pytest.raises(ValueError, match="learning_rate must be positive"):
-        Schedule(learning_rate=0)
+    monkeypatch.setitem(client.ATTACKERS, "endless", endless)
+    audit = LeakAudit(dense(), LOSS, one_each, attackers=["endless"], seconds=2)
+    server = federate(dense(), mods=[only(0, audit)], clients=2)
+    assert audit.reports[0].action == "withheld" and " time" in audit.reports[0].reason
+    assert len(server.received) == 1
 
 
 def test_relative_leakage_compares_with_a_prior() -> None:
@@ -384,32 +338,6 @@ def test_relative_leakage_compares_with_a_prior() -> None:
 
 
 # --- what goes wrong --------------------------------------------------------------------------
-
-
-def test_a_client_out_of_reach_is_named_and_the_round_goes_on() -> None:
-    server = federate(dense(), unreachable=[1], rounds=2)
-    assert len(server.received) == 6
-    assert server.failures[0] == federation.Failure(1, 101, "Client 101 is out of reach.")
-
-
-def test_a_client_that_raises_is_named_and_the_round_goes_on() -> None:
-    def broken(context: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if context.node_config["partition-id"] == 2:
-            raise OSError("disk full")
-        return one_each(context)
-
-    server = federate(dense(), data=broken)
-    assert len(server.received) == 3
-    assert server.failures[0].reason == "OSError: disk full"
-
-
-def tampered(change: Any) -> Any:
-    def mod(message: Any, context: Any, call_next: Any) -> Any:
-        reply = call_next(message, context)
-        change(reply.content)
-        return reply
-
-    return only(1, mod)
 
 
 def other_shape(content: Any) -> None:
@@ -428,6 +356,10 @@ def no_count(content: Any) -> None:
     content["metrics"] = MetricRecord({"loss": 1.0})
 
 
+def disk_full(content: Any) -> None:
+    raise OSError("disk full")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -435,83 +367,127 @@ def no_count(content: Any) -> None:
         (other_names, "another architecture: .*1.weight.* not in both"),
         (not_finite, "gradient of 1.bias has 64 NaN"),
         (no_count, "'num-examples', are needed"),
+        (disk_full, "^OSError: disk full$"),
+        (None, r"^Client 101 is out of reach\.$"),
     ],
 )
-def test_an_update_that_does_not_belong_is_refused_by_name(change: Any, reason: str) -> None:
-    server = federate(dense(), mods=[tampered(change)])
+def test_a_client_without_a_usable_update_is_named_and_the_round_goes_on(
+    change: Callable[[Any], None] | None, reason: str
+) -> None:
+    def tampered(message: Any, context: Any, call_next: Any) -> Any:
+        reply = call_next(message, context)
+        if change is not None:
+            change(reply.content)
+        return reply
+
+    lost = [1] if change is None else []
+    server = federate(dense(), mods=[only(1, tampered)], unreachable=lost)
     assert [seen.node for seen in server.received] == [100, 102, 103]
-    assert server.failures[0].node == 101 and re.search(reason, server.failures[0].reason)
-
-
-def test_a_strategy_that_would_wait_for_ever_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="waits for 9 clients and there are 4"):
-        federate(dense(), strategy=fedavg(min_available_nodes=9))
-
-
-def test_a_message_without_a_learning_rate_is_named() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"no 'learning-rate'.*'server-round'"):
-        Schedule.read({"server-round": 1})
-    assert Schedule.read({**Schedule(0.3, 2, 4).config(), "x": 1}) == Schedule(0.3, 2, 4)
-    assert Schedule.read(Schedule(0.3).config()).batch_size is None
+    (failure,) = server.failures
+    assert (failure.round, failure.node) == (1, 101) and re.search(reason, failure.reason)
 
 
 def test_a_round_without_any_client_is_no_end() -> None:
-    server = federate(dense(), unreachable=[0, 1, 2, 3])
+    server = federate(dense(), unreachable=range(4))
     assert not server.received and len(server.failures) == 4
+
+
+REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: LeakAudit(dense(), LOSS, one_each, policy="hope"), UnknownNameError,
+     "No policy 'hope'; there are warn, noise, withhold"),
+    (lambda: LeakAudit(dense(), LOSS, one_each, attackers=["luck"]), UnknownNameError,
+     "No attacker 'luck'; there are ratio, "),
+    (lambda: LeakAudit(dense(), LOSS, one_each, seconds=0), InvalidArgumentError,
+     "seconds must be positive"),
+    (lambda: Schedule(learning_rate=0), ValueError, "learning_rate must be positive"),
+    (lambda: Schedule(local_epochs=0), ValueError, "local_steps must be a whole number"),
+    (lambda: Schedule.read({"server-round": 1}), InvalidArgumentError,
+     "no 'learning-rate'.*'server-round'"),
+    (lambda: federate(dense(), strategy=fedavg(min_available_nodes=9)), InvalidArgumentError,
+     "waits for 9 clients and there are 4"),
+    (lambda: federate(dense(), processes=1, unreachable=[0]), InvalidArgumentError,
+     "unreachable needs processes=0"),
+    (lambda: secure(dense(), clients=2), InvalidArgumentError, "three clients or more, not 2"),
+    (lambda: secure(dense(), unreachable=[1, 2, 3]), InvalidTensorError,
+     r"no answer from \[101, 102, 103\], and 1 "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), REFUSED)
+def test_what_cannot_be_is_refused(
+    call: Callable[[], object], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_schedule_survives_its_message() -> None:
+    for schedule in (Schedule(0.3, 2, 4), Schedule(0.3)):
+        assert Schedule.read({**schedule.config(), "x": 1}) == schedule
 
 
 # --- manners ----------------------------------------------------------------------------------
 
 
 def test_nothing_of_the_callers_is_changed() -> None:
-    model, before = dense(), dict(os.environ)
+    model, environment = dense(), dict(os.environ)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     levels = [logging.getLogger(name).level for name in ("flwr", "ray")]
     federate(model)
-    assert dict(os.environ) == before
+    assert dict(os.environ) == environment
     assert levels == [logging.getLogger(name).level for name in ("flwr", "ray")]
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
 
-def test_telemetry_is_off_while_a_federation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telemetry_is_off() -> None:
     from flwr.supercore import telemetry
 
-    monkeypatch.setattr(telemetry, "FLWR_TELEMETRY_ENABLED", "1")
+    assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
     with federation.quiet():
-        assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
-        assert {name: os.environ[name] for name in federation.SILENCE} == federation.SILENCE
-    assert telemetry.FLWR_TELEMETRY_ENABLED == "1"
+        assert os.environ["FLWR_TELEMETRY_ENABLED"] == os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_without_flower_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flwr", None)
+    monkeypatch.delitem(sys.modules, "gradinv_edu.federation")
+    monkeypatch.setitem(sys.modules, "flwr.app", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'gradinv_edu\[federation\]'"):
-        federation.client_app(dense(), LOSS, one_each)
+        importlib.import_module("gradinv_edu.federation")
 
 
-def test_importing_the_package_does_not_import_flower() -> None:
-    code = "import sys, gradinv_edu.federation; assert not {'flwr', 'ray'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+# --- Ray --------------------------------------------------------------------------------------
 
+ON_RAY = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import test_federation as t
+from gradinv_edu.errors import RayStartError
 
-# --- the real thing ---------------------------------------------------------------------------
+model, environment = t.convolutional(), dict(os.environ)
+audit = t.LeakAudit(model, t.LOSS, t.one_each, folder=sys.argv[1], seconds=120)
+try:
+    server = t.federate(model, mods=[t.only(1, audit)], clients=2, processes=1)
+except RayStartError as error:
+    sys.exit(f"SKIP {error}")
+(seen,) = server.received
+assert t.psnr(t.by_recursion(seen), 0) > 80
+assert [failure.reason for failure in server.failures] == [t.WITHHELD]
+assert dict(os.environ) == environment
+"""
 
 
 def test_flowers_simulation_on_ray(tmp_path: Path) -> None:
-    """Two clients in a process of their own; one of them looks first."""
-    model, before = convolutional(), set(Path("/tmp").glob("gi-*"))
-    audit = LeakAudit(model, LOSS, one_each, folder=tmp_path, seconds=120)
-    environment = dict(os.environ)
+    """Two clients in a process of their own, one of which looks first."""
+    before = set(Path("/tmp").glob("gi-*"))
+    command = [sys.executable, "-c", ON_RAY, str(tmp_path), str(Path(__file__).parent)]
     try:
-        server = federate(model, mods=[only(1, audit)], clients=2, processes=1)
-    except federation.RayStartError as error:
-        pytest.skip(str(error))
-    (seen,) = server.received
-    assert psnr(gi.recover(seen.model, seen.update, SHAPE, LOSS).inputs, 0) > 80
-    assert [f.reason for f in server.failures] == ["update withheld by the client's own audit"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        pytest.skip("Ray did not come to an end in 240 seconds: the machine is too busy.")
+    if "SKIP" in ran.stderr:
+        pytest.skip(ran.stderr[ran.stderr.index("SKIP") + 5 :])
+    assert ran.returncode == 0, ran.stderr
     (report,) = [json.loads(line) for line in (tmp_path / "client-1.jsonl").open()]
     assert report["action"] == "withheld" and report["attempts"][-1]["psnr"] > 80
-    assert dict(os.environ) == environment
     assert set(Path("/tmp").glob("gi-*")) <= before
 
 
@@ -522,10 +498,5 @@ def test_a_machine_too_busy_for_ray_is_told_so(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", late)
-    with pytest.raises(federation.RayStartError, match=r"in 3 attempts .*processes=0"):
+    with pytest.raises(RayStartError, match=r"The current node timed out.*processes=0"):
         federate(dense(), processes=1)
-
-
-def test_ray_reaches_every_client() -> None:
-    with pytest.raises(InvalidArgumentError, match="unreachable needs processes=0"):
-        federate(dense(), processes=1, unreachable=[0])
