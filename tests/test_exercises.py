@@ -1,107 +1,79 @@
-"""Every assignment: its solutions pass, its stubs fail, its planted mistakes get their hints."""
+"""Every assignment: its stubs and its known mistakes get their hints; and how editions are made."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from copy import deepcopy
 from html import unescape
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import editions
+import guide
+import matplotlib.pyplot as plt
 import pytest
+import torch
+from checks.recursion import fits, plan
+from checks.verdict import Mistakes, WrongAnswerError, ask, compare, pair, tensor, told
+from editions import drifted, made, main, mark_of, source_of
 
-from gradinv_edu.coursework import editions, guide, mistakes
-from gradinv_edu.coursework.__main__ import drifted, made
-from gradinv_edu.coursework.editions import Exercise, mark_of, source_of
+from gradinv_edu.errors import InvalidArgumentError
+from gradinv_edu.systems import LayerSystem
 
-EXERCISES = Path(__file__).parents[1] / "exercises"
-SOURCES = editions.sources(EXERCISES)
-NAMES = [path.stem for path in SOURCES]
-NUMBERED = [name for name in NAMES if name[0].isdigit()]
-ROOMS: dict[str, tuple[mistakes.Namespace, dict[str, str]]] = {}
-
-
-def _source(stem: str) -> editions.Notebook:
-    return editions.read(EXERCISES / "source" / stem / f"{stem}.ipynb")
+EXERCISES = editions.HERE
+PATHS = editions.sources(EXERCISES)
+SOURCES = {path.stem: editions.read(path) for path in PATHS}
+CARDS = {stem: editions.exercises_of(source) for stem, source in SOURCES.items()}
+each_assignment = pytest.mark.parametrize("stem", SOURCES)
 
 
 def _student(stem: str) -> editions.Notebook:
     return editions.read(EXERCISES / "student" / stem / f"{stem}.ipynb")
 
 
-def _room(stem: str) -> tuple[mistakes.Namespace, dict[str, str]]:
-    if stem not in ROOMS:
-        ROOMS[stem] = mistakes.classroom(_source(stem))
-    return ROOMS[stem]
-
-
-def _planted(stem: str) -> list[mistakes.Mistake]:
-    return mistakes.load(EXERCISES / "mistakes" / f"{stem}.py")
-
-
-CARDS = [(stem, card) for stem in NAMES for card in editions.exercises_of(_source(stem))]
-PLANTED = [(stem, mistake) for stem in NAMES for mistake in _planted(stem)]
-
-
-def _named(case: tuple[str, Any]) -> str:
-    what = case[1]
-    return f"{case[0]}-{what.number if isinstance(what, Exercise) else what.answer.__name__}"
-
-
-@pytest.mark.parametrize("case", CARDS, ids=_named)
-def test_the_solution_is_right(case: tuple[str, Exercise]) -> None:
-    stem, card = case
-    room = _room(stem)
-    assert mistakes.verdict_on(room[0][card.target], card, room) == ""
-
-
-@pytest.mark.parametrize("case", CARDS, ids=_named)
-def test_the_untouched_stub_is_told_so(case: tuple[str, Exercise]) -> None:
-    stem, card = case
+@each_assignment
+def test_the_solutions_are_right_and_the_untouched_stubs_are_told_so(stem: str) -> None:
+    room = guide.classroom(SOURCES[stem])
+    for card in CARDS[stem]:
+        assert guide.verdict_on(room[0][card.target], card, room) == ""
+    for cell in SOURCES[stem]["cells"]:
+        if cell["cell_type"] == "code" and not mark_of(cell):
+            exec(source_of(cell), room[0])  # what the solution does to a photograph
+    plt.close("all")
     cells = {mark_of(cell).get("grade_id"): source_of(cell) for cell in _student(stem)["cells"]}
-    stubs: dict[str, Any] = {}
-    exec(cells[card.solution], stubs)
-    assert "Not done yet" in mistakes.verdict_on(stubs[card.target], card, _room(stem))
+    for card in CARDS[stem]:
+        stubs: dict[str, Any] = {}
+        exec(cells[card.solution], stubs)
+        assert "Not done yet" in guide.verdict_on(stubs[card.target], card, room)
 
 
-@pytest.mark.parametrize("case", PLANTED, ids=_named)
-def test_a_planted_mistake_gets_its_hint(case: tuple[str, mistakes.Mistake]) -> None:
-    stem, mistake = case
-    cards = {card.solution: card for name, card in CARDS if name == stem}
-    hint = mistakes.verdict_on(mistake.answer, cards[mistake.exercise], _room(stem))
-    assert hint and mistake.says in hint
+@each_assignment
+def test_every_known_mistake_gets_its_own_hint(stem: str) -> None:
+    """Word for word; ``{…}`` stands for a figure, and "… words …" for a part of the verdict."""
+    tried = guide.verdicts(EXERCISES / "source" / stem / f"{stem}.ipynb")
+    for card, mistake, verdict in tried:
+        hint = re.sub(r"\\\{[^}]*\\\}|(\\ )?…(\\ )?", ".*", re.escape(told(mistake)))
+        assert verdict and re.fullmatch(hint, verdict), (card.number, mistake.__name__, verdict)
+    planted = Counter(card.number for card, _, _ in tried)
+    assert all(planted[card.number] >= 4 for card in CARDS[stem])
 
 
-@pytest.mark.parametrize("case", CARDS, ids=_named)
-def test_at_least_four_mistakes_are_planted_in_each(case: tuple[str, Exercise]) -> None:
-    stem, card = case
-    assert sum(mistake.exercise == card.solution for mistake in _planted(stem)) >= 4
-
-
-@pytest.mark.parametrize("stem", NUMBERED)
-def test_an_assignment_rises_from_deriving_to_judging(stem: str) -> None:
-    cards = [card for name, card in CARDS if name == stem]
-    assert 3 <= len(cards) <= 5
-    assert [card.number for card in cards] == [
-        f"{int(stem[:2])}.{place}" for place in range(1, len(cards) + 1)
-    ]
-    assert {card.kind for card in cards} == {"Derive", "Implement", "Break", "Judge"}
-    assert cards[0].difficulty == min(card.difficulty for card in cards)
-    assert cards[-1].difficulty == max(card.difficulty for card in cards)
-
-
-@pytest.mark.parametrize("stem", NAMES)
-def test_every_objective_of_the_chapter_is_trained(stem: str) -> None:
-    cards = [card for name, card in CARDS if name == stem]
+@each_assignment
+def test_an_assignment_is_whole(stem: str) -> None:
+    """It rises from deriving to judging, trains every objective, and holds no outputs."""
+    cards, source = CARDS[stem], SOURCES[stem]
+    if stem[0].isdigit():
+        assert 3 <= len(cards) <= 5
+        assert [c.number for c in cards] == [f"{int(stem[:2])}.{n + 1}" for n in range(len(cards))]
+        assert {card.kind for card in cards} == {"Derive", "Implement", "Break", "Judge"}
+        levels = [card.difficulty for card in cards]
+        assert (levels[0], levels[-1]) == (min(levels), max(levels))
     chapter = guide.chapter_of(EXERCISES / "source" / stem / f"{stem}.ipynb")
-    assert chapter.parent.name == ("book" if stem in NUMBERED else stem)
+    assert chapter.parent.name == ("book" if stem[0].isdigit() else stem)
     objectives = guide.objectives_of(chapter)
     assert {n for card in cards for n in card.objectives} == set(range(1, len(objectives) + 1))
-
-
-@pytest.mark.parametrize("stem", NAMES)
-def test_a_source_holds_no_outputs_and_asks_for_python3(stem: str) -> None:
-    source = _source(stem)
     code = [cell for cell in source["cells"] if cell["cell_type"] == "code"]
     assert not [cell for cell in code if cell["outputs"] or cell["execution_count"]]
     assert source["metadata"]["kernelspec"]["name"] == "python3"
@@ -110,42 +82,40 @@ def test_a_source_holds_no_outputs_and_asks_for_python3(stem: str) -> None:
 
 def test_names_are_unique_in_the_course() -> None:
     """A renamed notebook is known by the names of its cells."""
-    names = [
-        mark_of(cell)["grade_id"]
-        for stem in NAMES
-        for cell in _source(stem)["cells"]
-        if mark_of(cell)
-    ]
-    assert not [name for name, count in Counter(names).items() if count > 1]
+    marks = [mark_of(cell) for source in SOURCES.values() for cell in source["cells"]]
+    names = Counter(mark["grade_id"] for mark in marks if mark)
+    assert max(names.values()) == 1
+    for path in (EXERCISES / "checks").glob("[a-z]*.py"):
+        import_module(f"checks.{path.stem}")
+    assert set(Mistakes.KNOWN) == {card.solution for cards in CARDS.values() for card in cards}
 
 
 def test_nothing_generated_has_drifted() -> None:
-    """If this fails: python -m gradinv_edu.coursework."""
-    assert not drifted(made(EXERCISES))
-    students = {path.stem for path in (EXERCISES / "student").glob("*/*.ipynb")}
-    assert students == set(NAMES)
-
-
-@pytest.mark.parametrize("stem", NAMES)
-def test_no_solution_is_in_the_student_edition(stem: str) -> None:
-    issued = "\n".join(source_of(cell) for cell in _student(stem)["cells"])
-    assert "BEGIN" not in issued and "END" not in issued
-    assert _secrets(stem)
-    assert not [line for line in _secrets(stem) if line in issued]
+    """If this fails: python exercises/editions.py."""
+    files = made(EXERCISES)
+    assert not drifted(files)
+    students = (EXERCISES / "student").rglob("*.*")
+    kept = {path for path in students if "__pycache__" not in path.parts and path.is_file()}
+    assert {path for path in kept if path.suffix in {".py", ".ipynb"}} == set(files) & kept
+    text = (EXERCISES / "README.md").read_text()
+    assert all(f"<!-- generated: {kind} -->" in text for kind in guide.KINDS)
 
 
 def _secrets(stem: str) -> list[str]:
     """Every line of the solutions and hidden tests that is long enough to be told."""
-    text = "\n".join(source_of(cell) for cell in _source(stem)["cells"])
+    text = "\n".join(source_of(cell) for cell in SOURCES[stem]["cells"])
     parts = re.findall(r"### BEGIN.*?\n(.*?)\s*### END", text, re.DOTALL)
     lines = [line.strip() for part in parts for line in part.splitlines()]
     return [line for line in lines if len(line) > 12]
 
 
-def test_the_guide_has_every_table() -> None:
-    text = (EXERCISES / "README.md").read_text()
-    assert all(f"<!-- generated: {kind} -->" in text for kind in guide.KINDS)
-    assert "not caught" not in text
+@each_assignment
+def test_no_solution_is_in_the_student_edition_or_its_page(stem: str) -> None:
+    issued = "\n".join(source_of(cell) for cell in _student(stem)["cells"])
+    assert "BEGIN" not in issued and "END" not in issued and _secrets(stem)
+    pages = [unescape(TAG.sub("", p.read_text())) for p in BUILT.rglob(f"exercises/**/{stem}.html")]
+    assert all("NotImplementedError" in page for page in pages)
+    assert not [line for line in _secrets(stem) for page in [issued, *pages] if line in page]
 
 
 BUILT = EXERCISES.parent / "_build" / "html"
@@ -161,9 +131,171 @@ def test_the_built_book_holds_no_mark_of_a_solution() -> None:
         assert not [secret for secret in secrets if secret in content], path
 
 
-@pytest.mark.parametrize("stem", NAMES)
-def test_a_page_of_exercises_holds_no_solution(stem: str) -> None:
-    for page in BUILT.rglob(f"exercises/**/{stem}.html"):
-        shown = unescape(TAG.sub("", page.read_text()))
-        assert "NotImplementedError" in shown
-        assert not [line for line in _secrets(stem) if line in shown], page
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (3, 5, 5, 3), (3, 5, 7, 3), (3, 6, 3, 2)])
+def test_the_count_of_exercise_6_5_is_the_rank(shape: tuple[int, int, int, int]) -> None:
+    channels, size, filters, kernel = shape
+    g = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(channels, filters, kernel, bias=False).double()
+    side, most = size - kernel + 1, fits(plan("a", *shape))
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=g, dtype=torch.float64))
+    for samples in filter(None, (most, most + 1)):
+        k = torch.randn(samples, filters, side, side, generator=g, dtype=torch.float64)
+        A = LayerSystem(conv, k, (channels, size, size)).to_dense(scaled=True)
+        full = int(torch.linalg.matrix_rank(A)) == A.shape[1] == samples * channels * size**2
+        assert full == (samples <= most)
+
+
+# What a check says.
+
+TRUTH = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
+ROUND = "it runs the other way round"
+
+
+@pytest.mark.parametrize("answer", [TRUTH.clone(), TRUTH * (1 + 1e-12)])
+def test_the_right_answer_is_accepted_in_silence(
+    answer: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(answer, TRUTH, "x")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "known", "hint"),
+    [
+        (TRUTH.float() * (1 + 1e-7), TRUTH.flip(0), "float32"),
+        (2 * TRUTH, TRUTH.flip(0), "right direction, but is 2 times"),
+        (-TRUTH, TRUTH.flip(0), "right direction, but is -1 times"),
+        (TRUTH[None], TRUTH.flip(0), r"shape \(1, 3\), and should have \(3,\)"),
+        (TRUTH / 0, TRUTH.flip(0), "divided by zero"),
+        (torch.tensor([0.5, 0.25, 0.0]), TRUTH.flip(0), "wrong in 1 of 3 entries"),
+        ([0.5, 0.25, 1.0], TRUTH.flip(0), "yours is a list"),
+        (TRUTH.flip(0), TRUTH.flip(0), ROUND),
+        (TRUTH.float() * (1 + 2e-7), TRUTH * (1 + 1e-7), "float32"),  # a mistake, right here
+        (torch.tensor([torch.nan, 1, 1]), torch.tensor([torch.nan, 0, 0]), ROUND),  # by its holes
+    ],
+)
+def test_a_wrong_answer_is_told_what_kind_of_wrong_it_is(
+    answer: object, known: torch.Tensor, hint: str
+) -> None:
+    with pytest.raises(WrongAnswerError, match=hint):
+        compare(answer, TRUTH, "x", [(ROUND, known)])
+
+
+def test_what_a_students_function_does_wrong_by_itself() -> None:
+    def stub(x: object) -> object:
+        raise NotImplementedError
+
+    def returns_nothing(x: object) -> None:
+        return None
+
+    def breaks(x: object) -> object:
+        raise KeyError("k")
+
+    for function, hint in (
+        (stub, "Not done yet"),
+        (returns_nothing, "return statement"),
+        (breaks, "breaks stopped for label 1 with KeyError"),
+        (3, "int; define a function"),
+    ):
+        with pytest.raises(WrongAnswerError, match=hint):
+            ask(function, 1, case="for label 1")  # type: ignore[arg-type]
+    with pytest.raises(WrongAnswerError, match="two things"):
+        pair(TRUTH, "f")
+    assert tensor(2, "x").dtype == torch.float64
+    ask(torch.Tensor.zero_, TRUTH)
+    assert TRUTH[2] == 1.0  # a student's function gets copies
+    assert WrongAnswerError("Look.")._render_traceback_() == ["Not right yet. Look."]
+
+
+# How editions are made.
+
+
+def _cell(source: str, kind: str = "code", **mark: object) -> dict[str, object]:
+    metadata = {"nbgrader": mark} if mark else {}
+    extra = {"outputs": [{"data": {}}], "execution_count": 3} if kind == "code" else {}
+    return {"cell_type": kind, "metadata": metadata, "source": source, "id": "a", **extra}
+
+
+CARD = """## Exercise 1.1. Title
+
+*Derive · difficulty 1 of 5 · 10 minutes · objectives 1, 3*
+
+**Objective:** do it.
+
+Do.
+"""
+FILL = "def f(x):\n    ### BEGIN SOLUTION\n    return x\n    ### END SOLUTION\n"
+IMPORT = "from checks.verdict import demand\n\n"
+GRADE = "demand(f(1) == 1, 'one stays')\n### BEGIN HIDDEN TESTS\nassert f(2)\n### END HIDDEN TESTS"
+SOURCE = {
+    "nbformat": 4,
+    "nbformat_minor": 5,
+    "metadata": {"celltoolbar": "Create Assignment"},
+    "cells": [
+        _cell(CARD, "markdown"),
+        _cell(FILL, solution=True, grade_id="f"),
+        _cell(IMPORT + GRADE, grade=True, grade_id="f-check", points=2),
+    ],
+}
+
+
+def test_editions_are_the_source_without_what_they_must_not_hold() -> None:
+    before = deepcopy(SOURCE)
+    student, solutions = editions.student(SOURCE), editions.solutions(SOURCE)
+    assert before == SOURCE
+    fill, grade = (source_of(cell) for cell in student["cells"][1:])
+    assert fill == "def f(x):\n    # Your code here.\n    raise NotImplementedError\n"
+    assert grade == IMPORT + "demand(f(1) == 1, 'one stays')"
+    assert all(not cell["outputs"] for cell in student["cells"][1:])
+    assert "celltoolbar" not in student["metadata"]
+    fill, grade = (source_of(cell) for cell in solutions["cells"][1:])
+    assert fill == "def f(x):\n    return x\n"
+    assert grade == IMPORT + "demand(f(1) == 1, 'one stays')\nassert f(2)"
+
+
+def test_a_card_says_what_an_exercise_is_and_needs_its_cells() -> None:
+    (exercise,) = editions.exercises_of(SOURCE)
+    assert (exercise.number, exercise.kind, exercise.goal) == ("1.1", "Derive", "do it")
+    assert (exercise.objectives, exercise.minutes, exercise.difficulty) == ((1, 3), 10, 1)
+    assert (exercise.solution, exercise.check, exercise.points) == ("f", "f-check", 2)
+    room = guide.classroom(SOURCE)
+    assert guide.verdict_on(room[0]["f"], exercise, room) == ""
+    assert guide.verdict_on(lambda x: 2, exercise, room) == "one stays"
+    with pytest.raises(InvalidArgumentError, match=r"1\.1 has 1 cells to fill in and 0 that"):
+        editions.exercises_of({**SOURCE, "cells": SOURCE["cells"][:2]})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"nbformat": 3, "cells": []}', '{"nbformat": 4, "cells": [1]}']
+)
+def test_what_is_no_notebook_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.ipynb"
+    path.write_text(content)
+    with pytest.raises(InvalidArgumentError, match="notebook"):
+        editions.read(path)
+
+
+def test_a_table_is_put_between_its_marks() -> None:
+    text = "a\n<!-- generated: t -->\nold\n<!-- end of t -->\nb"
+    new = guide.renewed(text, {"t": "| \\1 |"})
+    assert new == "a\n<!-- generated: t -->\n| \\1 |\n<!-- end of t -->\nb"
+
+
+def test_drift_is_found_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exercises = tmp_path / "exercises"
+    source = exercises / "source" / "01_perceptron" / "01_perceptron.ipynb"
+    editions.put({source: editions.text(SOURCE)})
+    assert [main([*check], exercises) for check in (["--check"], [], ["--check"])] == [1, 0, 0]
+    edition = exercises / "student" / "01_perceptron" / "01_perceptron.ipynb"
+    solved = tmp_path / "_build/exercises/solutions/01_perceptron"
+    assert "NotImplementedError" in edition.read_text()
+    assert "return x" in (solved / "01_perceptron.ipynb").read_text()
+    names = {"__init__.py", "verdict.py", "perceptron.py"}
+    for folder in (source.parent, edition.parent, solved):
+        assert {path.name for path in (folder / "checks").iterdir()} == names
+    check = edition.parent / "checks" / "verdict.py"
+    check.write_text("right = print")
+    assert drifted(made(exercises)) == [check]
+    assert main(["--check"], exercises) == 1
+    assert f"drifted: {check}" in capsys.readouterr().out

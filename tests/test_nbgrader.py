@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gradinv_edu.coursework import editions
-from gradinv_edu.coursework.editions import mark_of, source_of
+import editions
+from editions import HERE, mark_of, source_of
 
-EXERCISES = Path(__file__).parents[1] / "exercises"
 STEM = "01_perceptron"
 
 
@@ -30,7 +29,9 @@ def _nbgrader(course: Path, *arguments: str) -> None:
 
 
 def _hand_in(course: Path, student: str, notebook: editions.Notebook, stem: str) -> None:
-    editions.write(notebook, course / "submitted" / student / stem / f"{stem}.ipynb")
+    folder = course / "submitted" / student / stem
+    cheat = {folder / "checks" / "perceptron.py": "def __getattr__(name): return print"}
+    editions.put({folder / f"{stem}.ipynb": editions.text(notebook), **cheat})
 
 
 def test_the_folder_is_an_nbgrader_course(tmp_path: Path) -> None:
@@ -38,12 +39,16 @@ def test_the_folder_is_an_nbgrader_course(tmp_path: Path) -> None:
     from nbgrader.api import Gradebook
 
     stem, course = STEM, tmp_path / "exercises"
-    source = editions.read(EXERCISES / "source" / stem / f"{stem}.ipynb")
-    shutil.copytree(EXERCISES / "source" / stem, course / "source" / stem)
-    shutil.copy(EXERCISES / "nbgrader_config.py", course)
+    source = editions.read(HERE / "source" / stem / f"{stem}.ipynb")
+    (course / "source" / stem).mkdir(parents=True)
+    shutil.copy(HERE / "source" / stem / f"{stem}.ipynb", course / "source" / stem)
+    shutil.copytree(HERE / "checks", course / "checks")
+    for name in ("nbgrader_config.py", "editions.py"):
+        shutil.copy(HERE / name, course)
     _nbgrader(course, "generate_assignment", stem)
     released = editions.read(course / "release" / stem / f"{stem}.ipynb")
-    ours = editions.read(EXERCISES / "student" / stem / f"{stem}.ipynb")
+    ours = editions.read(HERE / "student" / stem / f"{stem}.ipynb")
+    assert not editions.drifted(editions.checks_of(stem, course / "release" / stem))
     assert [source_of(c) for c in released["cells"]] == [source_of(c) for c in ours["cells"]]
     for theirs, mine in zip(released["cells"], ours["cells"], strict=True):
         kept = {k: v for k, v in mark_of(theirs).items() if k not in {"checksum", "cell_type"}}

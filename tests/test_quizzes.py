@@ -9,27 +9,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import guide
 import pytest
 
-from gradinv_edu.coursework import guide, quiz
-from gradinv_edu.coursework.quiz import Question, Quiz
 from gradinv_edu.errors import InvalidArgumentError, UnknownNameError
+from gradinv_edu.kit import quiz
+from gradinv_edu.kit.quiz import Question, Quiz
 
 ROOT = Path(__file__).parents[1]
-CHAPTERS = guide.chapters(ROOT / "exercises")
-STEMS = quiz.names()
-QUIZZED = [path for path in CHAPTERS if path.stem in STEMS]
-QUESTIONS = [
-    (stem, place, q) for stem in STEMS for place, q in enumerate(quiz.load(stem).questions)
-]
+CHAPTERS = {path.stem: path for path in guide.chapters(ROOT / "exercises")}
+QUIZZES = {stem: quiz.load(stem) for stem in quiz.names()}
+QUESTIONS = [question for q in QUIZZES.values() for question in q.questions]
 CODE = re.compile(r"<(style|script)>.*?</\1>", re.DOTALL)
+TAG = re.compile(r"<[^>]+>")
 THINKING = re.compile(r"^## (To think about|Questions to think about)", re.MULTILINE)
-
-Case = tuple[str, int, Question]
-
-
-def _named(case: Case) -> str:
-    return f"{case[0]}-Q{case[1] + 1}"
+BUILT = ROOT / "_build" / "html"
+each_quiz = pytest.mark.parametrize("stem", QUIZZES)
 
 
 def _cells(stem: str) -> list[dict[str, Any]]:
@@ -38,90 +33,57 @@ def _cells(stem: str) -> list[dict[str, Any]]:
 
 def _secrets(stem: str) -> list[str]:
     """What a reader is told only after choosing, as it would stand in a page."""
-    choices = [choice for question in quiz.load(stem).questions for choice in question.choices]
+    choices = [choice for question in QUIZZES[stem].questions for choice in question.choices]
     said = [text for choice in choices for text in (choice.because, choice.misconception)]
     return [form for text in said if len(text) > 12 for form in (text, quiz.inline(text))]
 
 
-def test_every_chapter_has_its_questions() -> None:
-    assert set(STEMS) <= {path.stem for path in CHAPTERS}
-    assert {path.stem for path in CHAPTERS if path.stem < "13"} <= set(STEMS)
-    assert all(3 <= len(quiz.load(stem).questions) <= 5 for stem in STEMS)
-
-
-@pytest.mark.parametrize("case", QUESTIONS, ids=_named)
-def test_a_question_has_one_right_answer_and_explains_every_other(case: Case) -> None:
-    choices = case[2].choices
-    assert sum(choice.right for choice in choices) == 1
-    assert len(choices) >= 3
-    assert len({choice.text for choice in choices}) == len(choices)
-    assert all(len(choice.because.split()) >= 4 for choice in choices)
-    wrong = [choice for choice in choices if not choice.right]
-    assert all(len(choice.misconception.split()) >= 2 for choice in wrong)
-
-
-def test_no_misconception_is_told_twice_in_a_chapter() -> None:
-    for stem in STEMS:
-        choices = [c for question in quiz.load(stem).questions for c in question.choices]
-        ideas = Counter(choice.misconception for choice in choices if not choice.right)
-        assert max(ideas.values()) == 1
-
-
 def test_neither_place_nor_length_gives_the_answer_away() -> None:
-    questions = [question for _, _, question in QUESTIONS]
-    places = Counter([c.right for c in question.choices].index(True) for question in questions)
-    assert max(places.values()) < 0.45 * len(questions)
-    lengths = [[len(c.text) for c in sorted(q.choices, key=lambda c: c.right)] for q in questions]
-    longest = sum(line[-1] == max(line) for line in lengths)
-    assert longest < 0.6 * len(questions)
+    places = Counter([c.right for c in q.choices].index(True) for q in QUESTIONS)
+    assert max(places.values()) < 0.45 * len(QUESTIONS)
+    lengths = [[len(c.text) for c in sorted(q.choices, key=lambda c: c.right)] for q in QUESTIONS]
+    assert sum(line[-1] == max(line) for line in lengths) < 0.6 * len(QUESTIONS)
+    assert {stem for stem in CHAPTERS if stem < "13"} <= set(QUIZZES) <= set(CHAPTERS)
 
 
-@pytest.mark.parametrize("chapter", QUIZZED, ids=lambda path: path.stem)
-def test_every_objective_is_covered_by_an_exercise_or_a_question(chapter: Path) -> None:
-    covered = guide.coverage(chapter, ROOT / "exercises")
+@each_quiz
+def test_a_quiz_is_whole(stem: str) -> None:
+    """One right answer a question, every other explained, every objective covered."""
+    questions = QUIZZES[stem].questions
+    assert 3 <= len(questions) <= 5
+    for question in questions:
+        choices = question.choices
+        assert sum(choice.right for choice in choices) == 1
+        assert len({choice.text for choice in choices}) == len(choices) >= 3
+        assert all(len(choice.because.split()) >= 4 for choice in choices)
+    wrong = [c.misconception for q in questions for c in q.choices if not c.right]
+    assert all(len(idea.split()) >= 2 for idea in wrong)
+    assert len(set(wrong)) == len(wrong)  # no misconception is told twice in a chapter
+    covered = guide.coverage(CHAPTERS[stem], ROOT / "exercises")
     assert len(covered) >= 3
     assert not [objective for objective, trained, tested in covered if not trained + tested]
-    numbers = {n for q in quiz.load(chapter.stem).questions for n in q.objectives}
-    assert numbers <= set(range(1, len(covered) + 1))
+    assert {n for q in questions for n in q.objectives} <= set(range(1, len(covered) + 1))
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_the_chapter_shows_its_quiz_before_the_things_to_think_about(stem: str) -> None:
+@each_quiz
+def test_the_chapter_shows_its_quiz_and_no_answer(stem: str) -> None:
     """If this fails after a change of a quiz: make execute CHAPTERS=book/NN_stem.ipynb."""
-    cells = _cells(stem)
-    shown = [i for i, cell in enumerate(cells) if "quiz.load(" in "".join(cell["source"])]
-    assert len(shown) == 1
-    (output,) = cells[shown[0]]["outputs"]
-    assert "".join(output["data"]["text/html"]) == quiz.load(stem)._repr_html_()
+    cells, made = _cells(stem), QUIZZES[stem]._repr_html_()
+    (place,) = [i for i, cell in enumerate(cells) if "quiz.load(" in "".join(cell["source"])]
+    (output,) = cells[place]["outputs"]
+    assert "".join(output["data"]["text/html"]) == made
     thinking = [i for i, cell in enumerate(cells) if THINKING.search("".join(cell["source"]))]
-    assert thinking == [shown[0] + 1]
+    assert thinking == [place + 1]
+    shown, cell = CODE.sub("", made), json.dumps(cells[place], ensure_ascii=False)
+    assert quiz.inline(QUIZZES[stem].questions[0].ask) in shown
+    assert not [secret for secret in _secrets(stem) if secret in shown or secret in cell]
+    assert "misconception" not in json.dumps(cells, ensure_ascii=False)
+    buttons = re.findall(r"<button[^>]*>", shown)
+    assert len({re.sub(r'data-say="[\w+/=]+"', "", b) for b in buttons}) == 1  # all look alike
+    assert not re.search(r"https?:|src=|href=|@import|url\(|fetch\(|XMLHttp", made)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_answers_are_not_readable_in_the_chapter(stem: str) -> None:
-    text = json.dumps(_cells(stem), ensure_ascii=False)
-    shown = CODE.sub("", quiz.load(stem)._repr_html_())
-    assert quiz.inline(quiz.load(stem).questions[0].ask) in shown
-    assert not [secret for secret in _secrets(stem) if secret in shown]
-    quizzed = [c for c in _cells(stem) if "quiz.load(" in "".join(c["source"])]
-    assert not [s for s in _secrets(stem) if s in json.dumps(quizzed, ensure_ascii=False)]
-    assert "misconception" not in text
-    attributes = {
-        re.sub(r'data-say="[\w+/=]+"', "", b) for b in re.findall(r"<button[^>]*>", shown)
-    }
-    assert len(attributes) == 1  # right and wrong answers look alike
-
-
-@pytest.mark.parametrize("stem", STEMS)
-def test_a_quiz_asks_nothing_of_the_network(stem: str) -> None:
-    shown = quiz.load(stem)._repr_html_()
-    assert not re.search(r"https?:|src=|href=|@import|url\(|fetch\(|XMLHttp", shown)
-
-
-BUILT = ROOT / "_build" / "html"
-
-
-@pytest.mark.parametrize("stem", STEMS)
+@each_quiz
 def test_answers_are_not_readable_in_the_built_book(stem: str) -> None:
     """The page, and the search index, if the book is built."""
     page = BUILT / "book" / f"{stem}.html"
@@ -133,9 +95,6 @@ def test_answers_are_not_readable_in_the_built_book(stem: str) -> None:
     index = (BUILT / "searchindex.js").read_text()
     assert not [s for s in _secrets(stem) if s in quizzed or s in index]
     assert "quiz.load" not in TAG.sub("", content)  # the cell that shows it stays out of sight
-
-
-TAG = re.compile(r"<[^>]+>")
 
 
 def test_an_unknown_chapter_is_named() -> None:
@@ -170,7 +129,7 @@ def page() -> Any:
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page()
-        tab.set_content(f"<main><h1>Quiz</h1>{quiz.load('01_perceptron')._repr_html_()}</main>")
+        tab.set_content(f"<main><h1>Quiz</h1>{QUIZZES['01_perceptron']._repr_html_()}</main>")
         yield tab
         browser.close()
 
@@ -181,7 +140,7 @@ def _button(page: Any, question: Question, right: bool) -> Any:
 
 
 def test_a_click_explains_and_counts(page: Any) -> None:
-    first = quiz.load("01_perceptron").questions[0]
+    first = QUIZZES["01_perceptron"].questions[0]
     said, score = page.locator(".gi-say").first, page.locator(".gi-quiz-score")
     wrong = next(choice for choice in first.choices if not choice.right)
     _button(page, first, right=False).click()
