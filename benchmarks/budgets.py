@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +23,7 @@ from . import store
 from .measure import ROOT, Job, Options, fill, rounded
 
 SECTION = "budgets"
-BOOK = ROOT / "book"
+BOOK, PACKAGE = ROOT / "book", ROOT / "gradinv_edu"
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 
 
@@ -50,7 +50,7 @@ def jobs() -> dict[str, Job]:
 
 
 def allowed() -> dict[str, dict[str, float]]:
-    """Read the budgets: of seconds, and of MiB."""
+    """Read the budgets: of seconds, of MiB, and of lines."""
     return tomllib.loads((ROOT / "benchmarks" / "budgets.toml").read_text(encoding="utf-8"))
 
 
@@ -114,8 +114,12 @@ def book() -> dict[str, Any]:
 
 
 def files() -> dict[str, Any]:
-    """Largest notebook and largest data file."""
-    return {"mib": {"notebook": largest("*.ipynb"), "data": largest("data/*")}}
+    """Largest notebook and data file; longest module of a chapter and file of the engine."""
+    chapters = [PACKAGE / f"{path.stem.split('_', 1)[1]}.py" for path in BOOK.glob("[0-9]*.ipynb")]
+    return {
+        "mib": {"notebook": largest("*.ipynb"), "data": largest("data/*")},
+        "lines": {"chapter": longest(chapters), "engine": longest(PACKAGE.rglob("engine/**/*.py"))},
+    }
 
 
 # --- weights, for `make test` as well -----------------------------------------------------------
@@ -124,6 +128,11 @@ def files() -> dict[str, Any]:
 def largest(pattern: str) -> float:
     """MiB of the largest such file of the book."""
     return mib(max(path.stat().st_size for path in BOOK.glob(pattern)))
+
+
+def longest(files: Iterable[Path]) -> int:
+    """Lines of the longest file."""
+    return max(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
 
 
 def pages(html: Path) -> list[Path]:

@@ -70,7 +70,7 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, examples: Tensor) -> dict[str
     cell = {"exact": found.exact, "psnr": round(min(gi.metrics.psnr(found.inputs, x), 300.0), 1)}
     likely = found.inputs
     if not found.exact and isinstance(model[0], nn.Conv2d):  # type: ignore[index]
-        likely = gi.defenses.most_likely_input(model, found, LOSS, examples)  # type: ignore[arg-type]
+        likely = gi.design.most_likely_input(model, found, LOSS, examples)  # type: ignore[arg-type]
     return {**cell, "prior": round(min(gi.metrics.psnr(likely.clamp(0, 1), x), 300.0), 1)}
 
 
@@ -78,7 +78,7 @@ def cell(name: str, seed: int) -> dict[str, Any]:
     """Train and attack one design with one seed."""
     x, y, test_x, test_y = data()
     model = network(name, seed)
-    trained = gi.defenses.train(
+    trained = gi.design.train(
         model.float(), LOSS, x.float(), y, steps=STEPS, batch_size=BATCH, learning_rate=RATE,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def cell(name: str, seed: int) -> dict[str, Any]:
     }
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "accuracy": round(gi.defenses.accuracy(trained, test_x, test_y), 4),
+        "accuracy": round(gi.design.accuracy(trained, test_x, test_y), 4),
         **attacks,
     }
 

@@ -216,7 +216,7 @@ def draw_pixels(data: Data) -> Figure:
     """Seconds of a recovery, of one pass, and of dense least squares, against pixels."""
     import matplotlib.pyplot as plt
 
-    from gradinv_edu.plotting import COLOURS, style
+    from gradinv_edu.kit.plotting import COLOURS, style
 
     lines = [line for line in _lines(data) if line[1]]
     with style():
@@ -290,7 +290,7 @@ def draw_series(data: Data) -> Figure:
     """CPU seconds against depth, width and batch, with the fitted growth."""
     import matplotlib.pyplot as plt
 
-    from gradinv_edu.plotting import COLOURS, style
+    from gradinv_edu.kit.plotting import COLOURS, style
 
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(7.4, 2.7), layout="constrained", sharey=True)
@@ -401,7 +401,7 @@ def draw_layers(data: Data) -> Figure:
     """Share of each layer in the time of a recovery, for several sizes."""
     import matplotlib.pyplot as plt
 
-    from gradinv_edu.plotting import COLOURS, style
+    from gradinv_edu.kit.plotting import COLOURS, style
 
     found = [c for c in series(data, "pixels/float64") if c["size"] >= 32]
     names = list(dict.fromkeys(layer["name"] for c in found for layer in c["layers"]))

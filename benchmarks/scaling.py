@@ -222,10 +222,11 @@ def error(found: Any, truth: Any) -> float:
 @contextmanager
 def timed() -> Iterator[list[dict[str, float]]]:
     """CPU seconds of each layer's solve, of its test of the rank too, while the context lasts."""
-    from gradinv_edu import systems
+    from gradinv_edu.engine import solve as solver
+    from gradinv_edu.systems import LayerSystem
 
     notes: list[dict[str, float]] = []
-    solve, open_share = systems.LayerSystem.solve, systems.open_share
+    solve, rank_test = LayerSystem.solve, solver.rank_test
     tests: list[float] = []
 
     def noted(self: Any, *args: Any, **options: Any) -> Any:
@@ -238,15 +239,15 @@ def timed() -> Iterator[list[dict[str, float]]]:
 
     def tested(*args: Any, **options: Any) -> Any:
         start = time.process_time()
-        answer = open_share(*args, **options)
+        answer = rank_test(*args, **options)
         tests.append(time.process_time() - start)
         return answer
 
-    systems.LayerSystem.solve, systems.open_share = noted, tested  # type: ignore[method-assign]
+    LayerSystem.solve, solver.rank_test = noted, tested  # type: ignore[method-assign]
     try:
         yield notes
     finally:
-        systems.LayerSystem.solve, systems.open_share = solve, open_share  # type: ignore[method-assign]
+        LayerSystem.solve, solver.rank_test = solve, rank_test  # type: ignore[method-assign]
 
 
 def shares(reports: Any, solves: list[dict[str, float]]) -> Iterator[dict[str, Any]]:

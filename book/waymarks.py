@@ -1,7 +1,8 @@
-"""Writes the pages that help a reader find the way: the map of the course, and the sources.
+"""Writes the pages that help a reader find the way: the map, the sources, the package's reference.
 
-Everything on them is read from the chapters: titles, minutes, difficulty and prerequisites from
-each first cell, citations from every cell, the parts from the table of contents.
+Everything on the first two is read from the chapters: titles, minutes, difficulty and
+prerequisites from each first cell, citations from every cell, the parts from the table of contents.
+The reference lists every module that there is.
 
     python book/waymarks.py
 """
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -246,7 +248,69 @@ def sources_page() -> str:
     )
 
 
-PAGES = {"map.md": map_page, "sources.md": sources_page}
+# --- the reference ---------------------------------------------------------------------------
+
+# What ipywidgets and traitlets put into a class; our own names are told by the class itself.
+TRAITS = {"kit.widgets": {"label", "frames", "index", "side", "weight", "picture", "examples"}}
+
+
+def modules() -> dict[str, list[str]]:
+    """Every module of the package, by the part of the reference that it stands in."""
+    package = BOOK.parent / "gradinv_edu"
+
+    def inside(folder: str) -> list[str]:
+        files = sorted((package / folder).glob("*.py"))
+        return [
+            ".".join([*folder.split("/"), f.stem]).strip(".") for f in files if f.stem[0] != "_"
+        ]
+
+    stems = [chapter.stem[3:] for chapter in chapters()]
+    return {
+        "The chapters": stems,
+        "Beside the chapters": [name for name in inside("") if name not in stems],
+        "The engine": inside("engine"),
+        "The engine: one rule a layer": inside("engine/layers"),
+        "The engine: one class a loss": inside("engine/losses"),
+        "The kit": inside("kit"),
+    }
+
+
+def _reference(name: str, told: dict[int, str]) -> Iterator[str]:
+    """Yield the directive of a module; what an earlier one has told already is named, not told."""
+    module = import_module(f"gradinv_edu.{name}")
+    again, hidden = [], set(TRAITS.get(name, ()))
+    for member in module.__all__:
+        value = getattr(module, member)
+        if not callable(value):
+            continue
+        if id(value) in told:
+            again.append(f"{{py:obj}}`~gradinv_edu.{told[id(value)]}`")
+            hidden.add(member)
+        told.setdefault(id(value), f"{name}.{member}")
+    yield from (f"### `{name}`", "", "```{eval-rst}", f".. automodule:: gradinv_edu.{name}")
+    yield "   :members:"
+    yield from (f"   :exclude-members: {', '.join(sorted(hidden))}",) * bool(hidden)
+    yield from ("```", "")
+    yield from (f"Told above: {', '.join(again)}.", "") * bool(again)
+
+
+def api_page() -> str:
+    """Write the page that has every public name of every module."""
+    told: dict[int, str] = {}
+    lines = [
+        "# The package, function by function",
+        "",
+        "A function that is an equation opens with it, and names the equation of the chapter that "
+        "explains it.",
+        "`import gradinv_edu as gi` gives all of it; submodules load when they are first used.",
+        "",
+    ]
+    for part, names in modules().items():
+        lines += [f"## {part}", "", *(line for name in names for line in _reference(name, told))]
+    return "\n".join(lines)
+
+
+PAGES = {"map.md": map_page, "sources.md": sources_page, "api.md": api_page}
 
 
 def main() -> None:

@@ -11,90 +11,88 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import (
-        activations,
         batches,
-        chain,
         checks,
         cli,
+        compression,
         convolution,
-        coursework,
-        data,
-        defenses,
+        design,
+        dropout,
+        engine,
         errors,
-        exported,
         federation,
         fully_connected,
-        grade,
-        joint,
-        kinks,
-        krylov,
-        metrics,
-        models,
+        kit,
+        labels,
+        noise,
         optimization,
         perceptron,
-        plotting,
-        polish,
+        privacy,
+        pruning,
         rank,
         recursion,
-        residual,
+        schedule,
         scoreboard,
         sharing,
-        sparse,
         systems,
-        widgets,
+        update,
     )
+    from .kit import data, metrics, models, plotting, quiz, report, widgets
     from .rank import Audit, audit
     from .recursion import Recovery, recover
-    from .sharing import Update, observe
+    from .sharing import observe
+    from .update import Update
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Audit": "rank",
     "audit": "rank",
-    "Update": "sharing",
+    "Update": "update",
     "observe": "sharing",
     "Recovery": "recursion",
     "recover": "recursion",
 }
+_KIT = ("data", "metrics", "models", "plotting", "quiz", "report", "widgets")
 
 __all__ = [
     "Audit",
     "Recovery",
     "Update",
-    "activations",
     "audit",
     "batches",
-    "chain",
     "checks",
     "cli",
+    "compression",
     "convolution",
-    "coursework",
     "data",
-    "defenses",
+    "design",
+    "dropout",
+    "engine",
     "errors",
-    "exported",
     "federation",
     "fully_connected",
-    "grade",
-    "joint",
-    "kinks",
-    "krylov",
+    "kit",
+    "labels",
     "metrics",
     "models",
+    "noise",
     "observe",
     "optimization",
     "perceptron",
     "plotting",
-    "polish",
+    "privacy",
+    "pruning",
+    "quiz",
     "rank",
     "recover",
     "recursion",
-    "residual",
+    "report",
+    "schedule",
     "scoreboard",
     "sharing",
-    "sparse",
     "systems",
+    "update",
     "widgets",
 ]
 
@@ -102,14 +100,12 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES.get(name)
-    value = getattr(import_module(f".{home}", __name__), name) if home else _module(name)
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    else:
+        value = import_module(f".kit.{name}" if name in _KIT else f".{name}", __name__)
     globals()[name] = value
     return value
-
-
-def _module(name: str) -> object:
-    return import_module(f".{name}", __name__)
 
 
 def __dir__() -> list[str]:

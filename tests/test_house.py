@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
+import pkgutil
 import re
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,18 +22,15 @@ import yaml
 import gradinv_edu
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gradinv_edu"
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
-# chapters that share a module with others
-SHARED = {
-    "design": "defenses",
-    "dropout": "defenses",
-    "noise": "defenses",
-    "schedule": "optimization",
-}
-MODULES = sorted(p.stem for p in (ROOT / "gradinv_edu").glob("[a-z]*.py"))
+STEMS = [chapter.stem.split("_", 1)[1] for chapter in CHAPTERS]
 LABEL = re.compile(r"^:label:\s*([\w-]+)", re.MULTILINE)
-EQUATION = re.compile(r":eq:`([\w-]+)`")
-ROLE = re.compile(r"\{(?:func|class|meth)\}`~?([\w.]+)`")
+IMPLEMENTS = re.compile(r"Implements\s+((?:(?:,|and|\s)*:eq:`[\w-]+`)+)")
+# of this package, as Sphinx writes them in a docstring and MyST in a page
+ROLE = re.compile(
+    r"\{?:?(?:py:)?(?:func|class|meth|mod|data|attr|exc|obj)[:}]+`~?(gradinv_edu[\w.]*)`"
+)
 
 
 def _toc() -> list[str]:
@@ -40,31 +43,56 @@ def _cells(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
 
 
-def _public() -> Iterator[tuple[str, object]]:
-    for stem in MODULES:
-        module = importlib.import_module(f"gradinv_edu.{stem}")
-        for name, value in vars(module).items():
-            made_here = getattr(value, "__module__", "") == module.__name__
-            if name.startswith("_") or not made_here or not callable(value):
-                continue
-            yield f"gradinv_edu.{stem}.{name}", value
-            # a protocol's methods say by their types what they ask for
-            if inspect.isclass(value) and not getattr(value, "_is_protocol", False):
-                yield from _methods(f"gradinv_edu.{stem}.{name}", value)
+# --- every module, and every public name at its home ----------------------------------------------
+
+NAMES = ["gradinv_edu", *(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "gradinv_edu."))]
+MODULES: dict[str, ModuleType] = {name: importlib.import_module(name) for name in NAMES}
 
 
-def _methods(name: str, owner: type) -> Iterator[tuple[str, object]]:
+def _file(name: str) -> Path:
+    return Path(str(MODULES[name].__file__))
+
+
+def _public(name: str) -> Iterator[tuple[str, object]]:
+    """What a module makes for others: what its ``__all__`` names, and the methods of that."""
+    module = MODULES[name]
+    for member in getattr(module, "__all__", ()):
+        value = getattr(module, member)
+        if not callable(value) or getattr(value, "__module__", "") != name:
+            continue
+        yield f"{name}.{member}", value
+        # a protocol's methods say by their types what they ask for
+        if inspect.isclass(value) and not getattr(value, "_is_protocol", False):
+            yield from ((f"{name}.{member}.{k}", f) for k, f in _methods(value))
+
+
+def _methods(owner: type) -> Iterator[tuple[str, Callable[..., object]]]:
     for attribute, value in vars(owner).items():
         function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if not attribute.startswith("_") and inspect.isfunction(function):
-            yield f"{name}.{attribute}", function
+        # a field's default may be a function too, of another name
+        own = inspect.isfunction(function) and function.__name__ == attribute
+        if own and not attribute.startswith("_"):
+            yield attribute, function
 
 
-PUBLIC = dict(_public())
-EQUATIONS: dict[str, list[str]] = {}
+def _resolved(role: str) -> object:
+    """What a role points to: a module, or an attribute of one, of any depth."""
+    parts = role.split(".")
+    depth = next(d for d in range(len(parts), 0, -1) if ".".join(parts[:d]) in MODULES)
+    value: object = MODULES[".".join(parts[:depth])]
+    for part in parts[depth:]:
+        owner, value = value, getattr(value, part, None)
+        if value is None and part not in getattr(owner, "__annotations__", {}):
+            raise AttributeError(role)
+    return value
+
+
+PUBLIC = dict(pair for name in NAMES for pair in _public(name))
+HOMES: dict[str, list[str]] = {}  # of each equation: the objects that say that they implement it
 for _name, _value in PUBLIC.items():
-    for _label in EQUATION.findall(_value.__doc__ or ""):
-        EQUATIONS.setdefault(_label, []).append(_name)
+    for _labels in IMPLEMENTS.findall(_value.__doc__ or ""):
+        for _label in re.findall(r"`([\w-]+)`", _labels):
+            HOMES.setdefault(_label, []).append(_name)
 LABELS = {
     label: (chapter, place)
     for chapter in CHAPTERS
@@ -73,58 +101,161 @@ LABELS = {
 }
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_says_what_is_public(name: str) -> None:
+    module = MODULES[name]
+    assert module.__doc__ and "\n" not in module.__doc__.splitlines()[0]
+    made_here = any(getattr(value, "__module__", "") == name for value in vars(module).values())
+    assert hasattr(module, "__all__") or not made_here
+    for member in getattr(module, "__all__", ()):
+        assert getattr(module, member, None) is not None, member
+
+
+def test_public_objects_are_documented() -> None:
+    assert [name for name, value in PUBLIC.items() if not inspect.getdoc(value)] == []
+
+
+def test_the_public_face_is_lazy_and_complete() -> None:
+    tops = {name.removeprefix("gradinv_edu.") for name in NAMES[1:]}
+    face = {name.removeprefix("kit.") for name in tops if "engine." not in name}
+    assert face <= set(gradinv_edu.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gradinv_edu.nothing  # noqa: B018
+
+
+# --- who imports whom -----------------------------------------------------------------------------
+
+
+def _imports(name: str) -> set[str]:
+    """Modules of the package that a module imports, inside its functions too."""
+    found: set[str] = set()
+    package = name if _file(name).name == "__init__.py" else name.rpartition(".")[0]
+    waiting: list[ast.AST] = [ast.parse(_file(name).read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            # `from . import x` may name a module or a name inside one
+            names = (f"{base}.{alias.name}" for alias in node.names)
+            found |= {full if full in MODULES else base for full in names}
+        waiting += ast.iter_child_nodes(node)
+    return found & set(MODULES) - {name}
+
+
+def test_modules_import_downwards_only() -> None:
+    try:
+        TopologicalSorter({name: _imports(name) for name in NAMES}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_the_reader_of_imports_sees_those_inside_functions() -> None:
+    assert "gradinv_edu.sharing" in _imports("gradinv_edu.recursion")
+    assert "gradinv_edu.engine.layers.base" in _imports("gradinv_edu.engine.layers.dense")
+    assert "gradinv_edu.kit.plotting" in _imports("gradinv_edu.engine.results")
+    assert "gradinv_edu.recursion" not in _imports("gradinv_edu")  # for the type checker alone
+
+
+# --- chapters -------------------------------------------------------------------------------------
+
+
 def test_the_table_of_contents_and_the_folder_name_the_same_files() -> None:
     files = {f"book/{p.stem}" for p in (ROOT / "book").glob("*.*") if p.suffix in {".ipynb", ".md"}}
     assert set(_toc()) == files
     assert len(_toc()) == len(files)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
-def test_a_chapter_has_its_module_and_its_tests(chapter: Path) -> None:
-    stem = chapter.stem.split("_", 1)[1]
-    stem = SHARED.get(stem, stem)
-    assert (ROOT / "gradinv_edu" / f"{stem}.py").is_file()
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_chapter_has_its_module_and_its_tests(stem: str) -> None:
+    assert (PACKAGE / f"{stem}.py").is_file()
     assert (ROOT / "tests" / f"test_{stem}.py").is_file()
 
 
-@pytest.mark.parametrize("label", sorted(EQUATIONS))
-def test_an_equation_that_code_names_is_in_a_chapter(label: str) -> None:
-    assert label in LABELS, f"{EQUATIONS[label]} implement(s) an equation that no chapter states"
+# --- equations ------------------------------------------------------------------------------------
+
+
+def test_equations_of_chapters_and_of_code_are_the_same() -> None:
+    assert set(HOMES) == set(LABELS)
 
 
 @pytest.mark.parametrize("label", sorted(LABELS))
-def test_an_equation_that_a_chapter_states_is_code(label: str) -> None:
-    assert label in EQUATIONS, f"no public docstring says: Implements :eq:`{label}`"
+def test_an_equation_has_one_home_that_its_chapter_names(label: str) -> None:
+    (home,) = HOMES[label]
     chapter, place = LABELS[label]
-    named = {name for text in _cells(chapter)[place : place + 2] for name in ROLE.findall(text)}
-    assert named & set(EQUATIONS[label]), (
-        f"{chapter.stem}, cell {place}: name one of {EQUATIONS[label]} beside the equation"
-    )
+    named = [role for text in _cells(chapter)[place : place + 2] for role in ROLE.findall(text)]
+    # a role may name it where a chapter's module hands it on
+    assert any(_resolved(role) is PUBLIC[home] for role in named), f"beside it: {home}"
 
 
-def test_an_equation_has_one_home() -> None:
+def test_an_equation_is_stated_once() -> None:
     stated = [x for chapter in CHAPTERS for text in _cells(chapter) for x in LABEL.findall(text)]
     assert sorted(stated) == sorted(set(stated))
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_public_objects_are_documented(name: str) -> None:
-    assert inspect.getdoc(PUBLIC[name]), f"{name} has no docstring"
+@pytest.mark.parametrize("name", sorted({name for names in HOMES.values() for name in names}))
+def test_code_that_is_an_equation_opens_with_its_formula(name: str) -> None:
+    assert ":math:`" in (inspect.getdoc(PUBLIC[name]) or "").splitlines()[0]
 
 
-@pytest.mark.parametrize("name", sorted(n for n in PUBLIC if inspect.isfunction(PUBLIC[n])))
-def test_a_function_that_is_an_equation_opens_with_its_formula(name: str) -> None:
-    text = inspect.getdoc(PUBLIC[name]) or ""
-    if "Implements :eq:" in text:
-        assert ":math:`" in text.splitlines()[0], f"{name}: {text.splitlines()[0]}"
+# --- pages ----------------------------------------------------------------------------------------
+
+TEXTS = [
+    *(ROOT / "book").glob("*.md"),
+    *(ROOT / "exercises").rglob("*.md"),
+    *CHAPTERS,
+    *PACKAGE.rglob("*.py"),
+]
 
 
-def test_the_public_face_is_lazy_and_complete() -> None:
-    assert set(MODULES) <= set(gradinv_edu.__all__)
-    for name in gradinv_edu.__all__:
-        assert getattr(gradinv_edu, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        gradinv_edu.nothing  # noqa: B018
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_roles_name_what_exists(path: Path) -> None:
+    for role in sorted(set(ROLE.findall(path.read_text(encoding="utf-8")))):
+        _resolved(role)
+
+
+def test_notation_names_classes_and_their_parts_as_they_are() -> None:
+    text = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([A-Z]\w{3,}(?:\.\w+)?)`", text)
+    public = {name.split(".", 1)[1] for name in PUBLIC}
+    assert len(named) > 10
+    for name in named:
+        owner, _, part = name.partition(".")
+        homes = [PUBLIC[f"gradinv_edu.{n}"] for n in public if n.split(".")[-1] == owner]
+        parts = {attribute for home in homes for attribute in _parts(home)}
+        assert homes and part in {"", *parts}, name
+
+
+def _parts(owner: object) -> set[str]:
+    """Attributes of a class, as it declares them or sets them when it is made."""
+    assert inspect.isclass(owner)
+    declared = {*dir(owner), *inspect.get_annotations(owner)}
+    return declared | set(re.findall(r"self\.(\w+)", inspect.getsource(owner)))
+
+
+QUOTE = re.compile(r"```python\n# (gradinv_edu/\S+)\n(.*?)```", re.DOTALL)
+
+
+def test_what_contributing_quotes_stands_in_the_file_that_it_names() -> None:
+    quotes = QUOTE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert {Path(file).parent.name for file, _ in quotes} == {"engine", "layers", "losses"}
+    for file, lines in quotes:
+        assert lines in (ROOT / file).read_text(encoding="utf-8"), f"{file}:\n{lines}"
+
+
+def test_contributing_draws_every_file_of_the_engine() -> None:
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The layout")[1]
+    layout = layout.split("\n## ")[0]
+    stems = {f.stem for f in PACKAGE.rglob("*.py") if f.stem != "__init__"} - set(STEMS)
+    assert {s for s in stems if not re.search(rf"\b{s}\b", layout)} == set()
+
+
+# --- state, and what every file says ----------------------------------------------------------
 
 
 def test_the_package_leaves_the_global_state_and_the_model_alone() -> None:
@@ -141,6 +272,17 @@ def test_the_package_leaves_the_global_state_and_the_model_alone() -> None:
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.*") if "__pycache__" not in p.parts]
+    data = {str(p) for p in files if p.suffix != ".py"}
+    patterns = tools["package-data"]["gradinv_edu"]
+    assert {f for f in data if not any(fnmatch(f, pattern) for pattern in patterns)} == set()
+    folders = {p.parent for p in files if p.suffix == ".py"}
+    assert all((PACKAGE / folder / "__init__.py").is_file() for folder in folders)
+    assert tools["packages"]["find"]["include"] == ["gradinv_edu*"]
 
 
 def test_constraints_pin_names_and_record_no_address() -> None:

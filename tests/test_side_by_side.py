@@ -38,7 +38,7 @@ def r_gap(out, k, g, x_shape, weight, module):
 import argparse
 import torch
 import torchvision
-from gradinv_edu.models import cnn6 as CNN6, cnn6_d as CNN6d
+from gradinv_edu.kit.models import cnn6 as CNN6, cnn6_d as CNN6d
 from recursive_attack import r_gap
 import matplotlib.pyplot as plt
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case, System
-from gradinv_edu.metrics import relative_error
+from gradinv_edu.kit.metrics import relative_error
 
 GIVEN = (
     "this net's weights (its last layer made to fit other sizes than 32×32), the picture in place "
