@@ -39,6 +39,7 @@ except ImportError as missing:
         "pip install 'gradinv_edu[federation]'."
     ) from missing
 from .engine import client
+from .engine.attackers import get as get_attacker
 from .engine.client import (
     Attempt,
     Limits,
@@ -338,9 +339,8 @@ class LeakAudit:
             raise UnknownNameError(
                 f"No policy {policy!r}; there are {', '.join(get_args(Policy))}."
             )
-        for name in set(self.attackers) - set(client.ATTACKERS):
-            known = ", ".join(client.ATTACKERS)
-            raise UnknownNameError(f"No attacker {name!r}; there are {known}.")
+        for name in self.attackers:
+            get_attacker(name, own=True)
         if not seconds > 0:
             raise InvalidArgumentError(f"seconds must be positive, got {seconds!r}.")
         self.model, self.loss, self.data, self.policy = model, loss, data, policy

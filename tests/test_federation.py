@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 from gradinv_edu import federation
-from gradinv_edu.engine import client
+from gradinv_edu.engine.attackers import OWN, Attacker
 from gradinv_edu.errors import (
     InvalidArgumentError,
     InvalidTensorError,
@@ -322,7 +322,7 @@ def test_attacks_that_do_not_end_keep_a_leaking_network_back(
         while True:
             torch.func.vjp(torch.sin, torch.ones(3))
 
-    monkeypatch.setitem(client.ATTACKERS, "endless", endless)
+    monkeypatch.setitem(OWN, "endless", Attacker("endless", endless, False, False))
     audit = LeakAudit(dense(), LOSS, one_each, attackers=["endless"], seconds=2)
     server = federate(dense(), mods=[only(0, audit)], clients=2)
     assert audit.reports[0].action == "withheld" and " time" in audit.reports[0].reason

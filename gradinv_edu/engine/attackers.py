@@ -1,7 +1,7 @@
 """Attackers by name: from what a server holds to an answer that says whether to trust it.
 
-Chapters, scoreboard, guard and benchmarks share this table. A new attacker is one function with a
-line above it.
+Chapters, scoreboard, guard and benchmarks share this registry. A new attacker is one function with
+a line above it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..sharing import Update
 from . import aware
 from .received import Answer, Received, first_layer, gradient_of, match, recover
 
-__all__ = ["ATTACKERS", "Answer", "Attacker", "Received", "get", "register"]
+__all__ = ["ATTACKERS", "OWN", "Answer", "Attacker", "Received", "get", "register"]
 
 Attack = Callable[[Received], Answer]
 
@@ -50,10 +50,11 @@ class Attacker:
 
 
 ATTACKERS: dict[str, Attacker] = {}
+OWN: dict[str, Attacker] = {}  # of a client on its own update, whose samples and steps it knows
 
 
 def register(
-    name: str, *, aware: bool = False, promises: bool = False
+    name: str, *, aware: bool = False, promises: bool = False, own: bool = False
 ) -> Callable[[Attack], Attack]:
     """Put the decorated function into the table, as an attacker of this name.
 
@@ -63,33 +64,37 @@ def register(
         As it is printed.
     aware, promises : bool
         As in :class:`Attacker`.
+    own : bool
+        Whether it is a client's, on its own update (the guard of chapter 14).
 
     Raises
     ------
     InvalidArgumentError
         If there is one of that name.
     """
-    if name in ATTACKERS:
+    table = OWN if own else ATTACKERS
+    if name in table:
         raise InvalidArgumentError(f"There is an attacker {name!r} already.")
 
     def add(attack: Attack) -> Attack:
-        ATTACKERS[name] = Attacker(name, attack, aware, promises)
+        table[name] = Attacker(name, attack, aware, promises)
         return attack
 
     return add
 
 
-def get(name: str) -> Attacker:
-    """Find an attacker by its name.
+def get(name: str, *, own: bool = False) -> Attacker:
+    """Find an attacker by its name, a server's or a client's own.
 
     Raises
     ------
     UnknownNameError
         If there is none; the message lists those that there are.
     """
-    if name not in ATTACKERS:
-        raise UnknownNameError(f"No attacker {name!r}; there are {', '.join(ATTACKERS)}.")
-    return ATTACKERS[name]
+    table = OWN if own else ATTACKERS
+    if name not in table:
+        raise UnknownNameError(f"No attacker {name!r}; there are {', '.join(table)}.")
+    return table[name]
 
 
 @register("ratio")

@@ -23,9 +23,10 @@ from ..errors import (
     UnknownNameError,
 )
 from ..sharing import Loss, Update
+from . import attackers
+from .received import Answer, Received
 
 __all__ = [
-    "ATTACKERS",
     "Attempt",
     "Limits",
     "Report",
@@ -291,20 +292,27 @@ def first_layer_ratio(model: nn.Module, update: Update, input_shape: Shape) -> T
     raise UnknownNameError("no dense layer with a bias that sees the sample itself")
 
 
-def _recursion(
-    model: nn.Module, update: Update, shape: Shape, loss: nn.Module
-) -> tuple[Tensor, bool]:
+@attackers.register("ratio", own=True, promises=True)
+def _ratio(received: Received) -> Answer:
+    update = received.update
+    x = first_layer_ratio(received.model, update, received.input_shape)
+    return Answer(x, update.samples == 1)
+
+
+@attackers.register("recursion", own=True, promises=True)
+def _recursion(received: Received) -> Answer:
+    update = received.update
     size = update.samples if update.local_steps == 1 else 1
-    found = recursion.recover(model, update, shape, loss, batch_size=size)
-    return found.inputs, found.exact
+    found = recursion.recover(
+        received.model, update, received.input_shape, received.loss, batch_size=size
+    )
+    return Answer(found.inputs, found.exact)
 
 
-# name → function of model, update, input shape and loss: inputs, and whether they may be trusted
-ATTACKERS: dict[str, Callable[[nn.Module, Update, Shape, nn.Module], tuple[Tensor, bool]]] = {
-    "ratio": lambda model, u, shape, _: (first_layer_ratio(model, u, shape), u.samples == 1),
-    "recursion": _recursion,
-    "matching": lambda *given: (optimization.match_gradients(*given).inputs, False),
-}
+@attackers.register("matching", own=True)
+def _matching(received: Received) -> Answer:
+    given = received.model, received.update, received.input_shape, received.loss
+    return Answer(optimization.match_gradients(*given).inputs, False)
 
 
 class OutOfTime(Exception):
@@ -330,7 +338,8 @@ def attack(
     """Return what one attack recovers, or why it came to nothing."""
     try:
         with Deadline(end):
-            return ATTACKERS[name](model, update, shape, loss)[0]
+            received = Received(model, update, loss, shape)  # type: ignore[arg-type]
+            return attackers.get(name, own=True)(received).inputs
     except GradientInversionError as error:
         return str(error)
     except OutOfTime:
