@@ -76,22 +76,16 @@ def fits(tensor: object, name: str, shape: Sequence[int]) -> None:
         raise InvalidTensorError(f"{name} has shape {have}, expected {tuple(shape)}.")
 
 
-def shaped(tensor: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:
-    """Return :func:`finite` of ``tensor`` after comparing its shape; ``None`` admits any size.
+def shaped(tensor: Tensor, name: str, shape: Sequence[int]) -> Tensor:
+    """Return :func:`finite` of ``tensor`` if it :func:`fits`.
 
     Raises
     ------
     InvalidTensorError
-        As :func:`finite`, or if the shape differs from ``shape``.
+        As :func:`fits`.
     """
-    checked = finite(tensor, name)
-    fits = checked.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, checked.shape, strict=True)
-    )
-    if not fits:
-        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
-        raise InvalidTensorError(f"{name} has shape {tuple(checked.shape)}, expected {wanted}.")
-    return checked
+    fits(tensor, name, shape)
+    return tensor.detach().to(torch.float64)
 
 
 def not_all_zero(tensor: Tensor, name: str) -> Tensor:

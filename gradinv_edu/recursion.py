@@ -16,7 +16,7 @@ from .engine.graph import Step, trace
 from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
 from .engine.progress import bar
-from .engine.recovery import LayerReport, Recovering, closed_form
+from .engine.recovery import TOLERANCES, LayerReport, Recovering, closed_form
 from .engine.walk import head_of, lowest_dense
 from .errors import (
     GradientInversionError,
@@ -234,7 +234,7 @@ class _Recursion:
             # the branch that got farthest, once more, without turning back at a contradiction
             _, start, _ = max(failures, key=lambda f: f[0])
             found = [self._candidate(self.walk(), start, polish)]
-        tolerance = 100 * self.walk().consistent
+        tolerance = 100 * TOLERANCES[self.dtype][0]
         explaining = [c for c in found if c.mismatch is None or c.mismatch <= tolerance]
         best = sorted(explaining or found, key=lambda c: (not c.determined, c.mismatch or 0.0))
         exact = len(best) == 1 and bool(explaining) and best[0].determined

@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, compare, demand, expect, known, right, tensor
+from .verdict import Mistakes, Student, ask, compare, demand, expect, known, normal, right, tensor
 
 LOSS, LABEL = nn.CrossEntropyLoss(), torch.tensor([3])
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _most(pixels: int, positions: int, places: int, overlap: int = 1, slack: int = 0) -> int:
@@ -112,8 +108,8 @@ def check_another(another: Student, seed: int = 1) -> None:
     model = nn.Sequential(conv, nn.LeakyReLU(0.2), nn.Flatten(), head).double()
     with torch.no_grad():
         for number, p in enumerate(model.parameters()):
-            p.copy_(_random(seed + number, *p.shape) / 3)
-    x = _random(seed + 9, 1, 1, 8, 8).abs().clamp(max=1)
+            p.copy_(normal(seed + number, *p.shape) / 3)
+    x = normal(seed + 9, 1, 1, 8, 8).abs().clamp(max=1)
     z = conv(x).detach().requires_grad_()
     (k,) = torch.autograd.grad(LOSS(model[1:](z), LABEL), z)
     matrix = gi.systems.LayerSystem(conv, k, (1, 8, 8)).to_dense()
@@ -162,8 +158,8 @@ class MostLikely(Mistakes, of="09-likely"):
 def check_most_likely(most_likely: Student, seed: int = 2, rows: int = 6) -> None:
     """Check 9.3: the most likely picture of all that fit."""
     pixels = rows + 4
-    A, root = _random(seed, rows, pixels), _random(seed + 1, pixels, pixels)
-    mean, x, C = _random(seed + 2, pixels), _random(seed + 3, pixels), root @ root.T
+    A, root = normal(seed, rows, pixels), normal(seed + 1, pixels, pixels)
+    mean, x, C = normal(seed + 2, pixels), normal(seed + 3, pixels), root @ root.T
     given = (A, A @ x, mean, C)
     answer = tensor(ask(most_likely, *given), "the most likely picture")
     true = mean + _likely(A, A @ (x - mean), C)

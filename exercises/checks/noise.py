@@ -9,11 +9,19 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, compare, demand, expect, known, pair, right, tensor
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from .verdict import (
+    Mistakes,
+    Student,
+    ask,
+    compare,
+    demand,
+    expect,
+    known,
+    normal,
+    pair,
+    right,
+    tensor,
+)
 
 
 def _clipped(g: Tensor, C: float) -> Tensor:
@@ -61,9 +69,9 @@ class Private(Mistakes, of="12-private"):
 def check_private(private: Student, seed: int = 1, samples: int = 6) -> None:
     """Check 12.1: clipped, averaged, and noise by what one sample can change."""
     lengths = torch.linspace(0.2, 4, samples, dtype=torch.float64)[:, None]
-    alike = _random(seed, samples, 9) + 1.5 * _random(seed + 2, 9)
+    alike = normal(seed, samples, 9) + 1.5 * normal(seed + 2, 9)
     g = nn.functional.normalize(alike, dim=1) * lengths
-    given = (g, 1.2, 0.8, _random(seed + 1, 9))
+    given = (g, 1.2, 0.8, normal(seed + 1, 9))
     expect("12-private", private, given, _private(*given), "the private gradient")
     same = nn.functional.cosine_similarity(_clipped(g[3:4], 1.2)[0], g[3], dim=0)
     right(
@@ -155,10 +163,10 @@ class Fill(Mistakes, of="12-fill"):
 
 def check_fill(fill: Student, seed: int = 3, pixels: int = 30) -> None:
     """Check 12.3: the picture out of a pruned and rounded gradient."""
-    x, k = _random(seed, pixels).abs() + 0.1, _random(seed + 1, 8)
+    x, k = normal(seed, pixels).abs() + 0.1, normal(seed + 1, 8)
     places = torch.rand(8, pixels, generator=torch.Generator().manual_seed(seed)) < 0.3
     places[:, 4] = False
-    G = (torch.outer(k, x) + 0.01 * _random(seed + 2, 8, pixels)) * places
+    G = (torch.outer(k, x) + 0.01 * normal(seed + 2, 8, pixels)) * places
     true = (k @ G) / (k[:, None].square() * places).sum(0)
     answer = tensor(ask(fill, G, k), "the picture")
     demand(answer.shape != (8,), Fill.rows_for_columns)
@@ -214,12 +222,12 @@ def check_see_through(see_through: Student, seed: int = 4, pixels: int = 16) -> 
     """Check 12.4: two published defenses, undone."""
     encoder = nn.Linear(pixels, 6 * pixels).double()
     with torch.no_grad():
-        encoder.weight.copy_(_random(seed, 6 * pixels, pixels) / (2 * pixels**0.5))
-        encoder.bias.copy_(_random(seed + 1, 6 * pixels) / 4)
+        encoder.weight.copy_(normal(seed, 6 * pixels, pixels) / (2 * pixels**0.5))
+        encoder.bias.copy_(normal(seed + 1, 6 * pixels) / 4)
     x, y, k = (
-        _random(seed + 2, pixels).abs(),
-        _random(seed + 4, pixels).abs(),
-        _random(seed + 3, 10),
+        normal(seed + 2, pixels).abs(),
+        normal(seed + 4, pixels).abs(),
+        normal(seed + 3, 10),
     )
     features = encoder(x).tanh().detach()
     pruned = torch.randperm(6 * pixels, generator=torch.Generator().manual_seed(seed))
@@ -285,7 +293,7 @@ class Leaks(Mistakes, of="12-leaks"):
 
 def _message(x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of one dense layer of 48 units, of norm 1."""
-    k = _random(11, 48)
+    k = normal(11, 48)
     k = k * (0.05 + torch.rand(48, generator=torch.Generator().manual_seed(2)).double().square())
     size = float(k.norm() * torch.cat([x, x.new_ones(1)]).norm())
     return torch.outer(k, x) / size, k / size

@@ -18,15 +18,12 @@ from .verdict import (
     demand,
     each,
     known,
+    normal,
     pair,
     refuse,
     right,
     tensor,
 )
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _slopes(z: Tensor, slope: float = 0.2) -> Tensor:
@@ -145,11 +142,11 @@ class StepDown(Mistakes, of="06-step"):
 
 def check_step_down(step_down: Student, seed: int = 1, units: int = 7) -> None:
     """Check 6.1: the output gradient, handed one layer down, and an activation undone."""
-    z = _random(seed + 2, units)
+    z = normal(seed + 2, units)
     activations = {"leaky_relu": z * _slopes(z), "tanh": z.tanh(), "sigmoid": z.sigmoid()}
     three = "Return three things: the output gradient below, z below, and the mask."
     for outputs in (units, units - 2):
-        W, k = _random(seed, outputs, units), _random(seed + 1, outputs)
+        W, k = normal(seed, outputs, units), normal(seed + 1, outputs)
         for name, a in {**activations, "relu": z.relu()}.items():
             given = (W, k, a, name)
             answer = ask(step_down, *given, case=f"for {name}")
@@ -218,8 +215,8 @@ def check_walk(walk: Student, seed: int = 3, units: int = 12, depth: int = 3) ->
     """Check 6.2: picture and label through a bias-free network."""
     for label in (2, 0):
         sizes = [units] * (depth + 1) + [6]
-        weights = [_random(seed + i, m, n) / n**0.5 for i, (n, m) in enumerate(pairwise(sizes))]
-        x = _random(seed + 99, units).abs()
+        weights = [normal(seed + i, m, n) / n**0.5 for i, (n, m) in enumerate(pairwise(sizes))]
+        x = normal(seed + 99, units).abs()
         given = (weights, _gradients(weights, x, label))
         picture, found = pair(ask(walk, *given), "walk(...)")
         wrong = ((hint, both[0]) for hint, both in known("06-walk", given))
@@ -265,7 +262,7 @@ def check_design(design: Student, seed: int = 4) -> None:
     """Check 6.3: a layer that lacks rank in a network that does not."""
     first, second = answer = pair(ask(design), "design()")
     demand(all(isinstance(n, int) and 1 <= n <= 8 for n in answer), Design.a_real_network)
-    model, x = _two_layers(first, second, seed), _random(seed + 9, 1, 1, 8, 8).abs()
+    model, x = _two_layers(first, second, seed), normal(seed + 9, 1, 1, 8, 8).abs()
     equations, unknowns, rank = _second_layer(model, x)
     facts = {"first": first, "second": second, "equations": equations, "unknowns": unknowns}
     demand(rank < unknowns, Design.plenty_of_filters, **facts)
@@ -286,7 +283,7 @@ def _two_layers(first: int, second: int, seed: int) -> nn.Sequential:
     model = nn.Sequential(one, nn.LeakyReLU(0.2), two, nn.LeakyReLU(0.2), nn.Flatten(), head)
     with torch.no_grad():
         for place, parameter in enumerate(model.double().parameters()):
-            parameter.copy_(_random(seed + place, *parameter.shape) / parameter[0].numel() ** 0.5)
+            parameter.copy_(normal(seed + place, *parameter.shape) / parameter[0].numel() ** 0.5)
     return model
 
 
@@ -408,7 +405,7 @@ def check_may_trust(may_trust: Student, seed: int = 5) -> None:
 def _recovered(dtype: torch.dtype, outputs: int, seed: int) -> Account:
     """The account of a real recovery: twins where one logit is all there is."""
     model = gi.models.mlp([16, 24, outputs], activation="leaky_relu", bias=False, dtype=dtype)
-    x = _random(seed, 1, 16).abs().to(dtype)
+    x = normal(seed, 1, 16).abs().to(dtype)
     with torch.no_grad():
         sure = (model(x) > 0).to(dtype)
     loss: nn.Module = nn.BCEWithLogitsLoss() if outputs == 1 else nn.CrossEntropyLoss()

@@ -10,13 +10,9 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, demand, expect, pair, refuse, right
+from .verdict import Mistakes, Student, ask, demand, expect, normal, pair, refuse, right
 
 LOSS = nn.CrossEntropyLoss()
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _counts(steps: int, momentum: float) -> Tensor:
@@ -101,7 +97,7 @@ class WithoutDecay(Mistakes, of="10-decay"):
 
 def check_without_decay(without_decay: Student, seed: int = 1, steps: int = 8) -> None:
     """Check 10.2: known weight decay, taken out of an update of several steps."""
-    start, clean, schedule = _random(seed, 3, 5), _random(seed + 1, 3, 5), (steps, 0.4, 0.5, 0.1)
+    start, clean, schedule = normal(seed, 3, 5), normal(seed + 1, 3, 5), (steps, 0.4, 0.5, 0.1)
     given = (clean + _share(*schedule) * start, start, *schedule)
     expect("10-decay", without_decay, given, clean, "the update without its decay")
     right("What the server knows of the schedule costs the attack nothing.")
@@ -158,13 +154,13 @@ class Imitate(Mistakes, of="10-imitate"):
 
 def check_imitate(imitate: Student, seed: int = 2, steps: int = 5) -> None:
     """Check 10.3: the client's steps, taken with a guess, and differentiable."""
-    W, b, x = _random(seed, 4, 6), _random(seed + 1, 4), _random(seed + 2, 6)
+    W, b, x = normal(seed, 4, 6), normal(seed + 1, 4), normal(seed + 2, 6)
     guess, same, schedule = x.clone().requires_grad_(), x.clone().requires_grad_(), (2, steps, 0.3)
     true, parts = _walk(W, b, same, *schedule), ("the update of W", "the update of b")
     answer = expect("10-imitate", imitate, (W, b, guess, *schedule), true, parts)
     slopes = []
     for update, at in ((answer, guess), (true, same)):
-        value = sum((g * _random(9, *g.shape)).sum() for g in update)
+        value = sum((g * normal(9, *g.shape)).sum() for g in update)
         demand(value.requires_grad, Imitate.guess_detached)
         slopes += torch.autograd.grad(value, at, allow_unused=True)
     demand(slopes[0] is not None, Imitate.guess_detached)
@@ -206,7 +202,7 @@ def _ratio_error(settings: dict[str, Any], seed: int) -> tuple[float, float]:
     """How far the ratio is off, and how far the weights moved, relative to themselves."""
     generator = torch.Generator().manual_seed(seed)
     model = gi.models.mlp((30, 20, 5), "tanh", dtype=torch.float64, generator=generator)
-    x = _random(seed, 1, 30).abs()
+    x = normal(seed, 1, 30).abs()
     try:
         sent = gi.observe(model, LOSS, x, torch.tensor([1]), **settings)
     except (ValueError, TypeError, RuntimeError) as error:

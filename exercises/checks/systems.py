@@ -10,11 +10,7 @@ from torch.nn.functional import conv2d, conv_transpose2d
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, demand, expect, pair, right, tensor
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from .verdict import Mistakes, Student, ask, demand, expect, normal, pair, right, tensor
 
 
 def _rows(k: Tensor, places: int, size: int, stride: int) -> Tensor:
@@ -55,7 +51,7 @@ class GradientRows(Mistakes, of="05-rows"):
 def check_gradient_rows(gradient_rows: Student, seed: int = 1, side: int = 3) -> None:
     """Check 5.1: the matrix of the gradient constraints, from k alone."""
     for places, stride in ((2, 1), (3, 2), (2, 2)):
-        given = (_random(seed + places, side, side), places, (side - 1) * stride + places, stride)
+        given = (normal(seed + places, side, side), places, (side - 1) * stride + places, stride)
         case = f"for a {places}×{places} kernel with stride {stride}"
         expect("05-rows", gradient_rows, given, _rows(*given), "the matrix", case)
     right("One equation for each weight, and its coefficients are the output gradient.")
@@ -104,10 +100,10 @@ class Substitute(Mistakes, of="05-substitute"):
 
 def check_substitute(substitute: Student, seed: int = 2, pixels: int = 6) -> None:
     """Check 5.2: a row of pixels out of a convolution, by substitution."""
-    w, x = torch.tensor([2.0, 0.7, -0.4], dtype=torch.float64), _random(seed, pixels).abs()
+    w, x = torch.tensor([2.0, 0.7, -0.4], dtype=torch.float64), normal(seed, pixels).abs()
     expect("05-substitute", substitute, (_filter(x, w), w), x, "the row of pixels")
     # with these taps rounding doubles from pixel to pixel
-    w, x = torch.tensor([1.0, 2.5, 1.0], dtype=torch.float64), _random(7, 200).abs()
+    w, x = torch.tensor([1.0, 2.5, 1.0], dtype=torch.float64), normal(7, 200).abs()
     lost = bool((ask(substitute, _filter(x, w), w) - x).abs().max() > 100 * x.max())
     right(
         "Every output brings one new pixel; all the others are known by then. On two hundred "
@@ -163,9 +159,9 @@ def _redrawn(conv: nn.Conv2d, shape: tuple[int, ...], seed: int) -> gi.systems.L
     sizes = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     drawn = nn.Conv2d(conv.in_channels, conv.out_channels, *sizes, bias=False).double()
     with torch.no_grad():
-        drawn.weight.copy_(_random(seed, *drawn.weight.shape))
+        drawn.weight.copy_(normal(seed, *drawn.weight.shape))
         outputs = drawn(torch.zeros(1, *shape, dtype=torch.float64)).shape
-    return gi.systems.LayerSystem(drawn, _random(seed + 1, *outputs), shape)
+    return gi.systems.LayerSystem(drawn, normal(seed + 1, *outputs), shape)
 
 
 def _back(values: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -213,8 +209,8 @@ def check_adjoint(adjoint: Student, seed: int = 4, size: int = 9, channels: int 
     """Check 5.4: the adjoint of both sets of equations, without a matrix."""
     for places, stride in ((3, 1), (3, 2)):
         side = (size - places) // stride + 1
-        W, g = (_random(seed + i, 4, channels, places, places) for i in (0, 1))
-        k, r = (_random(seed + i, 4, side, side) for i in (2, 3))
+        W, g = (normal(seed + i, 4, channels, places, places) for i in (0, 1))
+        k, r = (normal(seed + i, 4, side, side) for i in (2, 3))
         given, true = (W, k, r, g, size, stride), _back(r, W, stride) + _back(k, g, stride)
         expect("05-adjoint", adjoint, given, true, "the adjoint", f"with stride {stride}")
     right("The transpose of a matrix that nobody ever wrote down.")
@@ -223,9 +219,9 @@ def check_adjoint(adjoint: Student, seed: int = 4, size: int = 9, channels: int 
 def check_law(adjoint: Student, seed: int = 5, size: int = 224) -> None:
     """Check 5.4 on a photograph's 150 528 unknowns: ⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
     side, places, stride = (size - 4) // 2 + 1, 4, 2
-    x = _random(seed, 3, size, size)
-    W, g = (_random(seed + i, 4, 3, places, places) for i in (1, 2))
-    k, r = (_random(seed + i, 4, side, side) for i in (3, 4))
+    x = normal(seed, 3, size, size)
+    W, g = (normal(seed + i, 4, 3, places, places) for i in (1, 2))
+    k, r = (normal(seed + i, 4, side, side) for i in (3, 4))
     Wx = conv2d(x[None], W, stride=stride)[0]
     Kx = torch.einsum("fij,cijuv->fcuv", k, x.unfold(1, places, stride).unfold(2, places, stride))
     back = tensor(ask(adjoint, W, k, r, g, size, stride), "the adjoint")
@@ -241,11 +237,11 @@ def check_law(adjoint: Student, seed: int = 5, size: int = 224) -> None:
 
 def _system(seed: int, rows: int, columns: int, values: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix with these singular values, and an input for it."""
-    matrix = _random(seed, rows, columns)
+    matrix = normal(seed, rows, columns)
     if rows >= columns:
-        turn = torch.linalg.qr(_random(seed + 1, columns, columns))[0]
+        turn = torch.linalg.qr(normal(seed + 1, columns, columns))[0]
         matrix = torch.linalg.qr(matrix)[0] * values @ turn
-    return matrix, _random(seed + 2, columns).abs() / 4
+    return matrix, normal(seed + 2, columns).abs() / 4
 
 
 def _explained(A: Tensor, b: Tensor, x: Tensor) -> bool:
@@ -294,7 +290,7 @@ def check_trust(trust: Student, seed: int = 6) -> None:
     for number, (rows, values, noise, truth, hint) in enumerate(cases):
         A, x = _system(seed + 10 * number, rows, 12, values)
         b = A @ x
-        b = b + noise * b.norm() * nn.functional.normalize(_random(seed, rows), dim=0)
+        b = b + noise * b.norm() * nn.functional.normalize(normal(seed, rows), dim=0)
         answer = torch.linalg.pinv(A, rcond=1e-14) @ b
         facts: dict[str, Any] = {
             "equations": rows,

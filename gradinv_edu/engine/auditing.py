@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,13 +126,18 @@ class Passed:
     gradients: list[Tensor]
 
 
-def sample_pass(steps: Sequence[Step], x: Tensor, k: Tensor, generator: torch.Generator) -> Passed:
-    """Send a sample through the steps, and an output gradient back."""
+def sample_pass(
+    steps: Sequence[Step],
+    x: Tensor,
+    output_gradient: Callable[[Tensor, torch.Generator], Tensor],
+    generator: torch.Generator,
+) -> Passed:
+    """Send a sample through the steps, and an output gradient, made of its output, back."""
     with torch.enable_grad():
         values = [x.detach().clone().requires_grad_()]
         for step in steps:
             values.append(step.rule.sample(values[-1], generator))
-        return _pulled(values, k)
+        return _pulled(values, output_gradient(values[-1].detach(), generator))
 
 
 def _pulled(values: list[Tensor], k: Tensor) -> Passed:
@@ -202,11 +207,7 @@ class Auditing(Walk):
         found = replace(found, needed=needed)
         if needed and found.recoverable is False and found.name not in self.carried:
             assert system is not None
-            z, gradient = system.matvec(self.passed.values[below + 1])  # what the server would hold
-            at_zero = getattr(system.operator, "gradient_offset", 0.0)
-            rows = system.right_hand_side(
-                z + system.offset, gradient + at_zero if gradient.numel() else None
-            )
+            rows = ScaledSystem(system).forward(self.passed.values[below + 1])  # what is sent
             tolerance = TOLERANCES[torch.float64][0]
             borrowed = self.together(system, rows, found.deficiency, below, tolerance=tolerance)
             if borrowed is not None:

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from .. import checks
 from ..errors import UnsupportedLayerError, UnsupportedLossError
 from .krylov import Progress
+from .solve import draw
 
 __all__ = ["GAP", "WholeGradient", "forked_randomness", "numerical_rank"]
 
@@ -146,8 +147,7 @@ def _loss(
     if targets is None and isinstance(chosen, nn.CrossEntropyLoss):
         targets = torch.randint(output.shape[-1], (1,), generator=generator)
     elif targets is None:
-        drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        targets = (drawn > 0).to(output.dtype)
+        targets = (draw(output, generator) > 0).to(output.dtype)
     targets = targets.to(output.device)
     given = f"outputs {tuple(output.shape)} with targets {tuple(targets.shape)}, {targets.dtype}"
     with checks.fitting(f"The loss does not take {given}"):

@@ -14,7 +14,7 @@ from .auditing import Auditing, LayerAudit, system_matrix
 from .jacobian import GAP, WholeGradient, forked_randomness
 from .krylov import cgls, squared_norm
 from .sample import Shape, begin, checked_shape, sample, seeded, usable
-from .solve import TOLERANCE
+from .solve import TOLERANCE, draw
 from .walk import Group, State
 
 __all__ = ["leak_map", "system_leak_map"]
@@ -102,10 +102,10 @@ def system_leak_map(
     exact = ScaledSystem(system)
     fast, total = exact.to(torch.float32), torch.zeros_like(system.like)
     for _ in range(probes):
-        v = torch.randn(total.shape, generator=generator, dtype=torch.float64).sign()
-        b = exact.forward(v.to(total.device))
+        v = draw(total, generator).sign()
+        b = exact.forward(v)
         target = PROJECTED * math.sqrt(squared_norm(exact.adjoint(b)))
-        total += v.to(total.device) * cgls(exact, b, target, PROJECTIONS, fast=fast).x
+        total += v * cgls(exact, b, target, PROJECTIONS, fast=fast).x
     return (total[0] / probes).clamp(0, 1)
 
 

@@ -12,6 +12,7 @@ from ..errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerE
 from . import losses
 from .auditing import Auditing, Stop, sample_pass
 from .graph import trace
+from .solve import draw
 from .walk import Group, head_of, lowest_dense
 
 __all__ = ["begin", "checked_shape", "sample", "seeded", "usable"]
@@ -40,11 +41,7 @@ def begin(
             open_ = "one output without a bias: a right prediction may have a twin"
             fixed = "no bias: the loss must fix the scale (softmax with three classes or more)"
             notes = [open_ if single else fixed]
-    with torch.no_grad():
-        y = x.to(device)
-        for step in steps:
-            y = step.rule.sample(y, torch.Generator().manual_seed(0))
-    passed = sample_pass(steps, x.to(device), _output_gradient(y, generator), generator)
+    passed = sample_pass(steps, x.to(device), _output_gradient, generator)
     walk = kind(steps, passed, len(steps) - 1 if begins is None else begins, generator)
     walk.stops = stops
     return walk, None if begins is None else Group((steps[begins],)).name, notes
@@ -53,8 +50,7 @@ def begin(
 def _output_gradient(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Of cross-entropy with a random label; of one output, any number."""
     if outputs.dim() != 2 or outputs.shape[1] < 2:
-        drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(outputs)
+        return draw(outputs, generator)
     label = torch.randint(outputs.shape[1], (1,), generator=generator)
     rule = losses.rule(nn.CrossEntropyLoss())
     return rule.output_gradient(outputs, label.to(outputs.device))

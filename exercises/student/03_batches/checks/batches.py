@@ -7,11 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .verdict import Mistakes, Student, ask, compare, demand, each, expect, known, right, tensor
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from .verdict import (
+    Mistakes,
+    Student,
+    ask,
+    compare,
+    demand,
+    each,
+    expect,
+    known,
+    normal,
+    right,
+    tensor,
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ class _Batch:
 
 def _batch(seed: int, samples: int, rows: int, size: int = 20, classes: int = 6) -> _Batch:
     """Gaussian samples; the loss is softmax cross-entropy, averaged over the batch."""
-    W, bias = _random(seed, rows, size), 0.3 * _random(seed + 1, rows)
-    X, head = _random(seed, samples, size), _random(seed + 2, classes, rows) / rows**0.5
+    W, bias = normal(seed, rows, size), 0.3 * normal(seed + 1, rows)
+    X, head = normal(seed, samples, size), normal(seed + 2, classes, rows) / rows**0.5
     z = (X @ W.T + bias).requires_grad_()
     loss = nn.functional.cross_entropy(z.relu() @ head.T, torch.arange(samples) % classes)
     (k,) = torch.autograd.grad(loss, z)
@@ -73,7 +81,7 @@ class Shares(Mistakes, of="03-shares"):
 
 def check_shares(shares: Student, seed: int = 1, samples: int = 4, rows: int = 7) -> None:
     """Check 3.1: in which shares each row's ratio mixes the samples."""
-    k = _random(seed, samples, rows)
+    k = normal(seed, samples, rows)
     expect("03-shares", shares, (k,), k / k.sum(0), "the table of shares")
     lowest = float((k / k.sum(0)).min())
     right(f"They add up to one in every row; the lowest here is {lowest:.1f}.")
@@ -116,7 +124,7 @@ def check_counted(counted: Student, seed: int = 2, samples: int = 9, classes: in
     """Check 3.2: how often each label occurs in a batch."""
     g = torch.Generator().manual_seed(seed)
     more = torch.randint(1, classes, (samples - 2,), generator=g)
-    p = (1.5 * _random(seed, samples, classes)).softmax(1)
+    p = (1.5 * normal(seed, samples, classes)).softmax(1)
     one_hot = nn.functional.one_hot(torch.cat([torch.tensor([0, 0]), more]), classes).double()
     given = ((p - one_hot).mean(0), p)
     wrong = ((h, f(w)) for h, w in known("03-count", given) for f in (torch.clone, torch.round))
@@ -313,11 +321,11 @@ def check_believe(believe: Student, seed: int = 5, samples: int = 4, rows: int =
     """Check 3.5: whether these are the samples of the batch."""
     batch = _batch(seed, samples, rows)
     W, bias, X, G, b = batch.W, batch.bias, batch.X, batch.G, batch.b
-    mixing = torch.eye(samples, dtype=X.dtype) + 0.4 * _random(seed + 7, samples, samples)
+    mixing = torch.eye(samples, dtype=X.dtype) + 0.4 * normal(seed + 7, samples, samples)
     mixing = mixing / mixing.sum(1, keepdim=True)
     scaled = X * torch.linspace(1.2, 1.5, samples)[:, None].double()
-    strange = torch.cat([X[1:], _random(seed + 8, 1, X.shape[1])])
-    near, rounded = X + 3e-8 * _random(seed + 9, *X.shape), (G.float().double(), b.float().double())
+    strange = torch.cat([X[1:], normal(seed + 8, 1, X.shape[1])])
+    near, rounded = X + 3e-8 * normal(seed + 9, *X.shape), (G.float().double(), b.float().double())
     cases = [
         (W, bias, G, b, X, True, Believe.exact_equality),
         (W, bias, G, b, X.flip(0), True, Believe.exact_equality),

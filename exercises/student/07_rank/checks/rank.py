@@ -10,11 +10,19 @@ from torch.nn.functional import conv2d
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, demand, expect, known, pair, refuse, right, tensor
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from .verdict import (
+    Mistakes,
+    Student,
+    ask,
+    demand,
+    expect,
+    known,
+    normal,
+    pair,
+    refuse,
+    right,
+    tensor,
+)
 
 
 def _at(filter_: int, values: Tensor, like: Tensor) -> Tensor:
@@ -59,8 +67,8 @@ class SameTwice(Mistakes, of="07-twice"):
 
 def check_same_twice(same_twice: Student, seed: int = 1, channels: int = 2, size: int = 6) -> None:
     """Check 7.1: one equation that is in both sets."""
-    W, k = _random(seed, 3, channels, 3, 3), _random(seed + 1, 3, size - 2, size - 2)
-    pictures = _random(seed + 2, 3, channels, size, size)
+    W, k = normal(seed, 3, channels, 3, 3), normal(seed + 1, 3, size - 2, size - 2)
+    pictures = normal(seed + 2, 3, channels, size, size)
     patches = pictures.unfold(2, 3, 1).unfold(3, 3, 1)
     for f, other in ((0, 2), (1, 0), (1, 1)):
         given, case = (W, k, f, other), f"for the filters {f} and {other}"
@@ -212,7 +220,7 @@ class Share(Mistakes, of="07-share"):
 
 def check_share(share: Student, seed: int = 3, pixels: int = 9) -> None:
     """Check 7.3: how much of each pixel a layer's equations determine."""
-    wide = _random(seed, 5, pixels)
+    wide = normal(seed, 5, pixels)
     wide[:, -1] = 0.0
     wide[:3, 0] = 0.0
     dependent = torch.cat([wide, wide[:2] - wide[2:4], 3 * wide[:2] + wide[3:5], wide[:3]])
@@ -276,9 +284,9 @@ def _demand_it_runs(which: str, net: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for place, parameter in enumerate(net.parameters()):
             size = parameter[0].numel() if parameter.ndim > 1 else 4.0
-            parameter.copy_(_random(seed + place, *parameter.shape) / size**0.5)
+            parameter.copy_(normal(seed + place, *parameter.shape) / size**0.5)
         try:
-            shape = tuple(net(_random(seed, 1, 1, 8, 8)).shape)
+            shape = tuple(net(normal(seed, 1, 1, 8, 8)).shape)
         except (RuntimeError, TypeError, ValueError) as error:
             shape = (str(error).splitlines()[0],)
     takes = f"The {which} network does not take pictures (1, 8, 8) to ten classes: it gives {shape}"
@@ -333,7 +341,7 @@ def _audited(seed: int) -> Report:
     net = nn.Sequential(convs[0], nn.LeakyReLU(0.2), convs[1], nn.LeakyReLU(0.2), *head).double()
     with torch.no_grad():
         for place, parameter in enumerate(net.parameters()):
-            parameter.copy_(_random(seed + place, *parameter.shape) / parameter[0].numel() ** 0.5)
+            parameter.copy_(normal(seed + place, *parameter.shape) / parameter[0].numel() ** 0.5)
     return report(gi.audit(net, (1, 8, 8)))
 
 

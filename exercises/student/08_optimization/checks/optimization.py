@@ -9,13 +9,21 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, demand, each, expect, known, refuse, right, tensor
+from .verdict import (
+    Mistakes,
+    Student,
+    ask,
+    demand,
+    each,
+    expect,
+    known,
+    normal,
+    refuse,
+    right,
+    tensor,
+)
 
 METHODS = ("dlg", "idlg", "inverting_gradients")
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _long(parts: list[Tensor]) -> Tensor:
@@ -109,9 +117,9 @@ class Objectives(Mistakes, of="08-objectives"):
 
 def check_objectives(objectives: Student, seed: int = 1, size: int = 6) -> None:
     """Check 8.1: what DLG and what Inverting Gradients descend."""
-    sent = [(i + 1) * _random(seed + i, *s) for i, s in enumerate([(4, 3, 2, 2), (4,), (10, 16)])]
-    guessed = [g + 0.5 * _random(seed + 9 + i, *g.shape) for i, g in enumerate(sent)]
-    given = (sent, guessed, _random(seed + 20, 1, 1, size, size + 1), 0.3)
+    sent = [(i + 1) * normal(seed + i, *s) for i, s in enumerate([(4, 3, 2, 2), (4,), (10, 16)])]
+    guessed = [g + 0.5 * normal(seed + 9 + i, *g.shape) for i, g in enumerate(sent)]
+    given = (sent, guessed, normal(seed + 20, 1, 1, size, size + 1), 0.3)
     parts = ("DLG's objective", "the objective of Inverting Gradients")
     expect("08-objectives", objectives, given, _objectives(*given), parts)
     right("One asks for the gradient, the other for its direction and a smooth picture.")
@@ -165,7 +173,7 @@ def check_labels(labels: Student, seed: int = 2, samples: int = 8) -> None:
     g = torch.Generator().manual_seed(seed)
     bias = torch.tensor([2.2, 0.2, -0.4, 0.0, 0.5, -1.0], dtype=torch.float64)
     y = torch.cat([torch.tensor([0, 0]), torch.randint(3, classes, (samples - 2,), generator=g)])
-    p = (bias + 0.05 * _random(seed, samples, classes)).softmax(1)
+    p = (bias + 0.05 * normal(seed, samples, classes)).softmax(1)
     given = ((p - nn.functional.one_hot(y, classes)).mean(0), bias.softmax(0), samples)
     answer, true = ask(labels, *given), sorted(y.tolist())
     try:
@@ -211,7 +219,7 @@ class Searches:
     def made(self, method: str, start: int) -> Run:
         """Make a run without keeping account of it."""
         place = METHODS.index(method)
-        draw = _random(self.seed + 100 * start + place, 5)
+        draw = normal(self.seed + 100 * start + place, 5)
         objective = (1e-9, 1e-6, 1e-2)[place] * float(draw[4].exp())
         return Run(draw[:4].clone(), float("nan") if start % 4 == place else objective)
 
@@ -328,8 +336,8 @@ def _gradient(weights: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
 
 def check_another(another: Student, seed: int = 4, size: int = 8) -> None:
     """Check 8.4: two pictures that the cosine cannot tell apart."""
-    x = 0.2 + 0.6 * _random(seed, size, size).sigmoid()
-    weights = _random(seed + 1, 30, size**2) / size, _random(seed + 2, 1, 30) / 5
+    x = 0.2 + 0.6 * normal(seed, size, size).sigmoid()
+    weights = normal(seed + 1, 30, size**2) / size, normal(seed + 2, 1, 30) / 5
     found = tensor(ask(another, x), "your picture")
     shape = "Return a picture of the same shape as the one that you were given."
     demand(found.shape == x.shape, shape)
@@ -422,7 +430,7 @@ class Stands(Mistakes, of="08-stands"):
 
 def check_stands(stands: Student, seed: int = 5) -> None:
     """Check 8.5: whether a comparison of two attacks means anything."""
-    shift = float(_random(seed, 1).abs())
+    shift = float(normal(seed, 1).abs())
     fair = Claim(25 + shift, 22 + shift, 12, 19, "objective", "objective", 6, 6, True)
     sound = "Same gradient, same starts, nobody peeked, and both baselines are beaten: it stands."
     cases = [

@@ -9,13 +9,21 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, compare, demand, expect, known, pair, right, tensor
+from .verdict import (
+    Mistakes,
+    Student,
+    ask,
+    compare,
+    demand,
+    expect,
+    known,
+    normal,
+    pair,
+    right,
+    tensor,
+)
 
 LOSS, LABEL = nn.CrossEntropyLoss(), torch.tensor([3])
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _mask(seed: int, count: int, rate: float) -> Tensor:
@@ -66,7 +74,7 @@ def check_features(features: Student, seed: int = 1, count: int = 12) -> None:
     """Check 11.1: the encoder's features and the mask, out of the classifier's gradient."""
     boolean = "The mask must be a tensor of bool, one entry for each feature."
     for rate in (0.25, 0.5, 0.75):
-        a, kept, k = _random(seed, count), _mask(seed, count, rate), _random(seed + 1, 5)
+        a, kept, k = normal(seed, count), _mask(seed, count, rate), normal(seed + 1, 5)
         a[kept.nonzero()[0]] = 1e-5
         given, case = (torch.outer(k, a * kept / (1 - rate)), k, rate), f"at rate {rate}"
         first, mask = pair(ask(features, *given, case=case), "features and mask")
@@ -117,11 +125,11 @@ def check_mismatch(mismatch: Student, seed: int = 2) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     with torch.no_grad():
         for number, p in enumerate(model.parameters()):
-            p.copy_(_random(seed + number, *p.shape) / 2)
-    x, mask = _random(seed + 7, 1, 3, 2, 2), 2.0 * _mask(seed, 8, 0.5)
+            p.copy_(normal(seed + number, *p.shape) / 2)
+    x, mask = normal(seed + 7, 1, 3, 2, 2), 2.0 * _mask(seed, 8, 0.5)
     value = LOSS(model[-1](model[:-1](x) * mask), LABEL)
     observed = list(torch.autograd.grad(value, list(model.parameters())))
-    guess = (x + 0.3 * _random(seed + 8, *x.shape)).requires_grad_()
+    guess = (x + 0.3 * normal(seed + 8, *x.shape)).requires_grad_()
     true = _mismatch(model, guess, LABEL, observed, mask)
     given = (model, guess, LABEL, observed, mask)
     answer = expect("11-mismatch", mismatch, given, true.detach(), "the objective")
@@ -170,7 +178,7 @@ class LeaveOut(Mistakes, of="11-leave-out"):
 
 def check_leave_out(leave_out: Student, seed: int = 3, pixels: int = 10) -> None:
     """Check 11.3: least squares without the rows of dropped features."""
-    x, W, K = _random(seed, pixels), _random(seed + 1, 14, pixels), _random(seed + 2, 4, pixels)
+    x, W, K = normal(seed, pixels), normal(seed + 1, 14, pixels), normal(seed + 2, 4, pixels)
     kept = _mask(seed, 14, 0.5)
     given = (W, (W @ x) * kept, kept, K, K @ x)
     expect("11-leave-out", leave_out, given, x, "the picture", tolerance=1e-7)
@@ -233,7 +241,7 @@ def _determined(filters: int, rate: float, seed: int) -> bool:
     model = nn.Sequential(conv, nn.LeakyReLU(0.2), nn.Flatten(), head).double()
     with torch.no_grad():
         for number, p in enumerate(model.parameters()):
-            p.copy_(_random(seed + 7 * number, *p.shape) / 10)
+            p.copy_(normal(seed + 7 * number, *p.shape) / 10)
     kept = torch.rand(64 * filters, generator=torch.Generator().manual_seed(seed)) >= rate
     z = conv(gi.data.photo("rocket", 8, dtype=torch.float64)).detach().requires_grad_()
     (k,) = torch.autograd.grad(LOSS(head(model[1:3](z) * kept), LABEL), z)

@@ -21,6 +21,7 @@ from .verdict import (
     demand,
     expect,
     known,
+    normal,
     pair,
     right,
     tensor,
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 Weights = dict[str, Tensor]
 LOSS = nn.CrossEntropyLoss()
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Gradient(Mistakes, of="14-gradient"):
@@ -80,7 +77,7 @@ class Gradient(Mistakes, of="14-gradient"):
 
 def check_gradient(gradient: Student, seed: int = 1) -> None:
     """Check 14.1: what one step with decay was made of."""
-    start, g = _random(seed, 4, 6), _random(seed + 1, 4, 6)
+    start, g = normal(seed, 4, 6), normal(seed + 1, 4, 6)
     for rate, decay in ((0.1, 0.0), (0.05, 0.3)):
         given = (start, start - rate * (g + decay * start), rate, decay)
         case = f"for a rate of {rate} and a decay of {decay}"

@@ -109,6 +109,11 @@ def _fresh(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def normal(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers, float64, the same for everyone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def tensor(value: object, what: str) -> Tensor:
     """``value`` as a float64 tensor, or a verdict on what it is instead."""
     if isinstance(value, int | float) and not isinstance(value, bool):
