@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from . import models
 from .engine.loading import load_model, load_weights, told
 from .errors import GradientInversionError, InvalidArgumentError
-from .rank import Audit, audit
+from .rank import Audit, Verdict, audit
 from .recursion import Recovery, recover
 from .sharing import Update, observe
 
@@ -76,6 +77,10 @@ Input = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 Eval = Annotated[bool, typer.Option("--eval", help="In eval mode (batch norm, dropout).")]
 Jacobian = Annotated[bool, typer.Option("--jacobian", help="Rank of the whole network too.")]
+Seconds = Annotated[
+    float | None, typer.Option(min=0, help="Tell what is known after so many seconds.")
+]
+Progress = Annotated[bool, typer.Option("--progress", help="Tell the verdict so far, on stderr.")]
 Limit = Annotated[
     float | None, typer.Option(min=0, max=1, help="Exit with 1 if a larger share leaks.")
 ]
@@ -129,27 +134,45 @@ def _audit(
     eval_: Eval = False,
     jacobian: Jacobian = False,
     limit: Limit = None,
+    seconds: Seconds = None,
+    progress: Progress = False,
 ) -> int:
     net = load_model(model, input_).train(not eval_)
     with told(model, net, input_):
-        bar = not json_ and sys.stderr.isatty()
-        found = audit(net, input_, jacobian=jacobian or None, progress=bar)
+        bar: bool | _SoFar = _SoFar() if progress else not json_ and sys.stderr.isatty()
+        found = audit(net, input_, jacobian=jacobian or None, progress=bar, seconds=seconds)
     share = leak(found)
     if json_:
         print(json.dumps({**found.to_dict(), "leak": share}))
     else:
-        keys = ("name", "unknowns", "weight_equations", "gradient_equations", "rank", "verdict")
+        keys = ("name", "unknowns", "weight_equations", "gradient_equations", "rank", "reason")
         rows = [[getattr(layer, key) for key in keys] for layer in found.layers]
         title = f"{found.model}, input {'×'.join(map(str, found.input_shape))}"
         _table(title, "layer|unknowns|weight eq.|gradient eq.|rank|verdict", rows)
         for stop in found.stops:
-            _say(f"stops at {stop.name} ({stop.kind}): {stop.reason}")
+            _say(f"not undone: {stop.name} ({stop.kind}): {stop.reason}")
         for note in found.notes:
             _say(f"note: {note}")
-        _say(found.verdict, bold=True)
+        if found.untested:
+            _say(f"not tested to the end: {', '.join(found.untested)}")
+        _say(found.reason, bold=True)
         if found.network is not None:
             _say(f"share of the input that the whole gradient determines: {share:.3f}")
     return LEAKS if limit is not None and share > limit else FINE
+
+
+class _SoFar:
+    """Tells each verdict that differs from the one before, and when."""
+
+    def __init__(self) -> None:
+        self.started, self.last = time.monotonic(), ""
+
+    def __call__(self, found: Audit) -> None:
+        told = sum(layer.verdict is not Verdict.UNKNOWN for layer in found.layers)
+        line = f"{told} of {len(found.layers)} layers told; {found.reason}"
+        if line != self.last:
+            print(f"{time.monotonic() - self.started:5.1f} s: {line}", file=sys.stderr, flush=True)
+        self.last = line
 
 
 @app.command("recover", help="The input out of an update file.")

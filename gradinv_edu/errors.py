@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CapacityError",
     "DoesNotApplyError",
     "GradientInversionError",
     "InconsistentGradientError",
@@ -47,6 +48,10 @@ class UnsupportedLossError(GradientInversionError, ValueError):
 
 class InconsistentGradientError(GradientInversionError, ValueError):
     """No input explains this gradient: it does not belong to this model, loss or batch size."""
+
+
+class CapacityError(GradientInversionError, ValueError):
+    """More tokens or patches went in than the gradient has dimensions to tell them apart."""
 
 
 class UpdateFileError(GradientInversionError, OSError):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .engine.auditing import Auditing, LayerAudit, Stop
+from . import checks
+from .engine import patches
+from .engine.auditing import Auditing
 from .engine.jacobian import WholeGradient, forked_randomness, numerical_rank
 from .engine.layers.convolution import Conv, places
 from .engine.leak import leak_map, system_leak_map
-from .engine.progress import bar
+from .engine.progress import Deadline, OutOfTime, bar
 from .engine.sample import Shape, begin, checked_shape, sample, seeded, usable
+from .engine.verdicts import LayerAudit, Stop, Verdict, conclusion
 from .errors import UnsupportedLayerError
 from .kit import report
 
@@ -24,6 +29,7 @@ __all__ = [
     "NetworkRank",
     "RankLaw",
     "Stop",
+    "Verdict",
     "audit",
     "jacobian_rank",
     "leak_map",
@@ -81,13 +87,16 @@ class Audit:
     exact : bool
         Whether :func:`gradinv_edu.recursion.recover` can be expected to return the input exactly:
         there is a place to begin, no stop below it, and every layer is determined, alone or
-        together with those below.
+        together with others, with nothing hidden.
     begins : str or None
         Layer at which the recursion begins.
     network : NetworkRank or None
         Rank of the whole network's Jacobian, where it was wanted or is cheap.
     notes : tuple of str
         What the verdicts assume.
+    untested : tuple of str
+        Layers whose tests the given time or the budget did not allow, where these may change the
+        verdict.
     """
 
     model: str
@@ -99,6 +108,7 @@ class Audit:
     begins: str | None
     network: NetworkRank | None
     notes: tuple[str, ...]
+    untested: tuple[str, ...] = ()
 
     @property
     def unknowns(self) -> int:
@@ -124,14 +134,18 @@ class Audit:
         )
 
     @property
-    def verdict(self) -> str:
-        """One sentence."""
-        if self.exact:
-            return "The gradient of one sample gives its input away exactly."
-        if self.stops:
-            return f"The recursion stops at {self.stops[-1].name}: {self.stops[-1].reason}."
-        open_ = [a.name for a in self.layers if a.needed and not (a.recoverable or a.settled)]
-        return f"The recursion does not determine the input of {', '.join(open_)}."
+    def verdict(self) -> Verdict:
+        """One of five words; :attr:`reason` says why."""
+        return self._conclusion[0]
+
+    @property
+    def reason(self) -> str:
+        """One sentence: the verdict, the count or the layer behind it, and what remains."""
+        return self._conclusion[1]
+
+    @property
+    def _conclusion(self) -> tuple[Verdict, str]:
+        return conclusion(self.layers, self.stops, self.untested)
 
     def to_dict(self) -> dict[str, object]:
         """Plain numbers, strings and lists, for ``json.dumps``."""
@@ -151,7 +165,8 @@ def audit(
     inputs: Tensor | None = None,
     jacobian: bool | None = None,
     generator: torch.Generator | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[Audit], None] = False,
+    seconds: float | None = None,
     walk: type[Auditing] = Auditing,
 ) -> Audit:
     r""":math:`\operatorname{rank}[W_l; K_l] \stackrel{?}{=} n_l` for every layer ``l``.
@@ -159,15 +174,16 @@ def audit(
     Which layers, and so which networks, give their input away: told from the architecture and
     its weights, before any data is sent, by the walk that a recovery takes. A random input and
     random output gradients stand for the sample; ranks are the same for almost all of them, except
-    that a ReLU masks the rows of the units that are dead for the sample at hand.
+    that a ReLU masks the rows of the units that are dead for the sample at hand. Equations are
+    counted first, in all layers; what takes time comes after that, from the input up.
     Implements :eq:`audit-verdict`.
 
     Parameters
     ----------
     model : nn.Module
-        Any that ``torch.fx`` can trace. Where it holds layers that cannot be undone (max pooling,
-        batch norm in train mode), the report says where and why, and counts the layers all the
-        same.
+        Any that ``torch.fx`` can trace. Where it holds layers that cannot be undone, the report
+        says where and why, and counts the layers below as if they had been. Below max pooling
+        they are counted as if the places of the maxima were found.
     input_shape : tuple of int
         Of one sample, such as ``(3, 32, 32)``.
     inputs : Tensor, optional
@@ -178,8 +194,13 @@ def audit(
         (:func:`jacobian_rank`); by default for up to 512 unknowns.
     generator : torch.Generator, optional
         Of the random input and gradients; a fixed one by default.
-    progress : bool
-        Show a bar.
+    progress : bool or callable
+        Show a bar; or what to call with the audit so far, first when all is counted, then after
+        each test.
+    seconds : float, optional
+        Time after which no test is begun or gone on with: the audit then says what it knows, and
+        names in ``untested`` what it did not get to. By default each test has a budget of
+        operations, so that verdicts do not depend on the machine.
     walk : type
         As for :func:`gradinv_edu.recursion.recover`.
 
@@ -203,37 +224,67 @@ def audit(
     Campbell (2022) print for each layer and weigh into one number
     (:attr:`Audit.weighted_index`).
     """
+    started = time.monotonic()
     shape, generator = checked_shape(input_shape), seeded(generator)
+    if seconds is not None:
+        checks.number(seconds, "seconds", "a number of seconds, 0 or more", lambda s: s >= 0)
+    end = None if seconds is None else started + seconds
     usable(model)
+    network = None
+    embedding = patches.find(model, shape)
+    if embedding is not None:
+        return _by_positions(embedding, model)
     with forked_randomness():
         x = sample(shape, inputs, generator)
         way, begins, notes = begin(model, x, generator, walk)
-        with bar("audit", progress) as moving:
+
+        def so_far() -> Audit:
+            masked = ["masked rows: those of units that are dead for the sample at hand"]
+            layers, stops = tuple(reversed(way.layers)), tuple(reversed(way.stops))
+            needed = [layer for layer in layers if layer.needed and not layer.block]
+            plain = all(layer.known and not layer.hidden for layer in needed)
+            return Audit(
+                model=type(model).__name__,
+                input_shape=shape,
+                parameters=sum(p.numel() for p in model.parameters()),
+                layers=layers,
+                stops=stops,
+                exact=plain and not stops,
+                begins=begins,
+                network=network,
+                notes=(*(masked if way.masked else []), *notes),
+                untested=way.untested,
+            )
+
+        with bar("audit", progress is True) as moving:
             way.progress = moving
-            way.run()
+            way.run(end, (lambda: progress(so_far())) if callable(progress) else None)
         if not way.layers:
             raise UnsupportedLayerError(
                 "The model has no dense or convolutional layer: no parameter's gradient holds the "
                 "input."
             )
-        network = None
         cheap = sum(p.numel() for p in model.parameters()) * x.numel() <= ENTRIES
         if jacobian or (jacobian is None and cheap and x.numel() <= AUTOMATIC):
-            network = _network(model, shape, x, generator, wanted=bool(jacobian))
-    masked = "masked rows: those of units that are dead for the sample at hand"
-    needed = [layer for layer in way.layers if layer.needed]
-    known = all(a.recoverable or a.settled or a.name in way.carried for a in needed)
-    return Audit(
-        model=type(model).__name__,
-        input_shape=shape,
-        parameters=sum(p.numel() for p in model.parameters()),
-        layers=tuple(reversed(way.layers)),
-        stops=tuple(reversed(way.stops)),
-        exact=known and not way.stops,
-        begins=begins,
-        network=network,
-        notes=(*([masked] if way.masked else []), *notes),
+            network = _network(model, shape, x, generator, wanted=bool(jacobian), end=end)
+        return so_far()
+
+
+def _by_positions(embedding: patches.PatchEmbedding, model: nn.Module) -> Audit:
+    """A vision transformer: its position embedding's gradient is every token's own."""
+    exact, notes = embedding.rank == embedding.unknowns, []
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if head and not bool(head[-1].weight.any()):
+        notes = ["the head's weights are zero: its first gradient says nothing of what is below"]
+    equations = (embedding.width - 1) * (embedding.unknowns // embedding.tokens)
+    layer = LayerAudit(
+        embedding.name, "patches", embedding.unknowns, 0, equations, embedding.rank, "law", exact
     )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Audit(
+        type(model).__name__, embedding.input_shape, parameters, (layer,), (), exact,
+        embedding.name, None, tuple(notes),
+    )  # fmt: skip
 
 
 # --- the rank law -----------------------------------------------------------------------------
@@ -407,10 +458,21 @@ def jacobian_rank(
 
 
 def _network(
-    model: nn.Module, shape: Shape, x: Tensor, generator: torch.Generator, wanted: bool
+    model: nn.Module,
+    shape: Shape,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    wanted: bool,
+    end: float | None,
 ) -> NetworkRank | None:
     try:
-        return jacobian_rank(model, shape, inputs=x, generator=generator)
+        with Deadline(math.inf if end is None else end):
+            return jacobian_rank(model, shape, inputs=x, generator=generator)
+    except OutOfTime:
+        if end is None or time.monotonic() <= end:
+            raise
+        return None
     except (RuntimeError, UnsupportedLayerError):  # an operation without second derivatives
         if wanted:
             raise

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
-from .engine import losses
+from .engine import losses, patches
 from .engine.graph import Step, trace
 from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
 from .engine.progress import bar
-from .engine.recovery import TOLERANCES, LayerReport, Recovering, closed_form
-from .engine.walk import head_of, lowest_dense
+from .engine.recovery import Recovering, closed_form
+from .engine.reports import TOLERANCES, LayerReport
+from .engine.walk import Stack, State, head_of, lowest_dense
 from .errors import (
     GradientInversionError,
     InconsistentGradientError,
     InvalidTensorError,
 )
+from .labels import recover_labels
 from .sharing import Update, without_weight_decay
 
 __all__ = ["Candidate", "LayerReport", "Recovery", "recover"]
@@ -47,6 +50,8 @@ class Candidate:
         at this answer; ``None`` where the server cannot recompute it (several local steps).
     determined : bool
         Whether every layer had full rank and was consistent within the gradient's precision.
+    hidden : tuple of str
+        What no gradient of this network tells of the input: the answer is right but for that.
     """
 
     inputs: Tensor
@@ -54,6 +59,7 @@ class Candidate:
     layers: tuple[LayerReport, ...]
     mismatch: float | None
     determined: bool
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,30 @@ class Recovery:
         """Gradient mismatch of the best answer."""
         return self.candidates[0].mismatch
 
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """What the network hides of the input; the best answer is right but for that."""
+        return self.candidates[0].hidden
+
+    def scaled(self) -> Tensor:
+        r""":math:`x / \max x`: every sample's largest entry is one, as a picture's brightest is.
+
+        For pictures in [0, 1] whose brightness is ``hidden``.
+        """
+        largest = self.inputs.flatten(1).amax(1).reshape(-1, *[1] * (self.inputs.dim() - 1))
+        return self.inputs / largest
+
     def __str__(self) -> str:
         head = f"{'layer':<16}{'unknowns':>9}{'equations':>10}{'residual':>10}{'rank':>11}"
         lines = [
             f"{r.name:<16}{r.unknowns:>9}{r.equations:>10}{_bound(r.residual):>10}"
             f"{'full' if r.full_rank else 'deficient':>11}"
+            + (f", {r.unsettled} units with two inputs unsettled" if r.unsettled else "")
             for r in self.layers
         ]
         twins = f", {len(self.candidates)} answers explain it" if len(self.candidates) > 1 else ""
-        return "\n".join([head, *lines, f"exact: {self.exact}{twins}"])
+        hidden = [f"hidden: {what}" for what in self.hidden]
+        return "\n".join([head, *lines, *hidden, f"exact: {self.exact}{twins}"])
 
 
 def _bound(residual: float) -> str:
@@ -126,8 +147,8 @@ def recover(
 
     The recursion from the loss, or from the lowest dense layer whose bias gradient gives ``k``
     directly, down to the input. A layer that lacks equations is solved together with those below
-    (:func:`gradinv_edu.engine.segment.solve`), ways that part and meet again as one
-    (:func:`gradinv_edu.engine.block.solve`). Implements :eq:`recursion-delta`.
+    (:func:`gradinv_edu.segments.solve_segment`), ways that part and meet again as one
+    (:func:`gradinv_edu.segments.solve_block`). Implements :eq:`recursion-delta`.
 
     Parameters
     ----------
@@ -140,9 +161,9 @@ def recover(
     loss : nn.Module
         ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``MSELoss``.
     polish : bool
-        Go on by Gauss-Newton on the whole gradient (:func:`gradinv_edu.engine.polish.polish`),
-        which wins back the digits that float32 gradients lose on the way down; its verdict
-        replaces the layers'.
+        Go on by Gauss-Newton on the whole gradient (:func:`gradinv_edu.segments.polish`),
+        which wins back the digits that float32 gradients lose on the way down, and reads a
+        ``hidden`` brightness from a norm's ε where that suffices; its verdict replaces the layers'.
     batch_size : int
         Number of samples. Each keeps its own weight constraints, all share the summed gradient
         constraints; the loss is cross-entropy. They come back in the order of their labels.
@@ -151,7 +172,7 @@ def recover(
     progress : bool
         Show a bar for each layer that is solved iteratively.
     walk : type
-        A subclass goes down otherwise; chapter 6 takes single abilities out of it.
+        A subclass goes down otherwise; the book takes single abilities out of it.
 
     Returns
     -------
@@ -177,8 +198,34 @@ def recover(
     Source: Zhu and Blaschko (2021), for leaky ReLU, one logit and known labels; everything
     else here is this project's. Ground truth is never used: the label is recovered.
     """
+    embedding = patches.find(model, input_shape)
+    if embedding is not None:
+        return _by_positions(embedding, model, update, loss, batch_size)
     recursion = _Recursion(model, update, input_shape, loss, batch_size, generator, progress, walk)
     return recursion.recover(polish)
+
+
+def _by_positions(
+    embedding: patches.PatchEmbedding,
+    model: nn.Module,
+    update: Update,
+    loss: nn.Module,
+    batch_size: int,
+) -> Recovery:
+    """A vision transformer's picture: in closed form, whatever stands above the embedding."""
+    update.check(model)
+    update = without_weight_decay(model, update) if update.weight_decay else update
+    dtype = max((g.dtype for g in update.gradients.values()), key=lambda d: torch.finfo(d).eps)
+    gradients = {n: g.detach().double() for n, g in update.gradients.items()}
+    size = checks.whole(batch_size, "batch_size")
+    x, report = embedding.solve(gradients, size, torch.finfo(dtype).eps)
+    targets = None
+    with suppress(GradientInversionError):
+        targets = recover_labels(model, update, loss)
+    consistent, accurate = TOLERANCES[dtype]
+    determined = report.full_rank and report.residual <= consistent and report.error <= accurate
+    candidate = Candidate(x, targets, (report,), None, determined)
+    return Recovery((candidate,), determined)
 
 
 class _Recursion:
@@ -208,7 +255,7 @@ class _Recursion:
 
     def walk(self, strict: bool = False) -> Recovering:
         """Begin a new descent."""
-        return self.kind(
+        walk = self.kind(
             self.steps,
             self.gradients,
             self.dtype,
@@ -217,6 +264,8 @@ class _Recursion:
             self.progress,
             strict,
         )
+        walk.buffers = self.update.buffers if self.update.local_steps == 1 else {}
+        return walk
 
     def recover(self, polish: bool = False) -> Recovery:
         """Descend from every start; best answer first."""
@@ -237,34 +286,73 @@ class _Recursion:
         tolerance = 100 * TOLERANCES[self.dtype][0]
         explaining = [c for c in found if c.mismatch is None or c.mismatch <= tolerance]
         best = sorted(explaining or found, key=lambda c: (not c.determined, c.mismatch or 0.0))
-        exact = len(best) == 1 and bool(explaining) and best[0].determined
+        exact = len(best) == 1 and bool(explaining) and best[0].determined and not best[0].hidden
         return Recovery(tuple(best), exact)
 
     # --- where the recursion begins -------------------------------------------------------------
 
     def _starts(self) -> list[_Start]:
-        """Where to begin: below the lowest dense layer with a bias, else at the loss."""
+        """Where to begin: the lowest place that needs nothing from above, else at the loss."""
         biased = [name for name, g in self.gradients.items() if bool(g.any())]
         sent = [n for n in biased if n.removesuffix("bias") + "weight" in self.gradients]
         lowest = lowest_dense(self.steps, sent) if self.batch_size == 1 else None
-        place = head_of(self.steps) if lowest is None else lowest
-        for below in self.steps[:place]:  # named before anything is solved
-            if below.rule.refusal is not None:
-                raise below.rule.refused(below.name)
+        blind = self._blind(len(self.steps) if lowest is None else lowest)
+        if blind is not None:
+            self._named(blind[0])
+            return [_Start(*blind, targets) for targets in self._labels()]
         if lowest is None:
-            heads = self._heads()
-            return [_Start(place, h.inputs, h.k, h.residual, h.residual, h.targets) for h in heads]
+            place = head_of(self.steps)
+            self._named(place)
+            return [self._from_head(place, head) for head in self._heads()]
+        self._named(lowest)
         step = self.steps[lowest]
         prefix = f"{step.name}." if step.name else ""
         G, b = self.gradients[f"{prefix}weight"], self.gradients[f"{prefix}bias"]
         x, k, residual, error = closed_form(G, b, torch.finfo(self.dtype).eps)
+        begin = partial(Recovering.begin, step=step, x=x, k=k, residual=residual, error=error)
+        return [_Start(lowest, begin, targets) for targets in self._labels()]
+
+    def _from_head(self, place: int, head: losses.Head) -> _Start:
+        step, error = self.steps[place], max(head.residual, torch.finfo(self.dtype).eps)
+        return _Start(
+            place,
+            partial(
+                Recovering.begin,
+                step=step,
+                x=head.inputs,
+                k=head.k,
+                residual=head.residual,
+                error=error,
+            ),
+            head.targets,
+        )
+
+    def _named(self, place: int) -> None:
+        """Name what cannot be inverted before anything is solved."""
+        for position, below in enumerate(self.steps[:place]):
+            lost = below.rule.pools and Stack.under(self.steps, position) is None
+            if lost or below.rule.refusal is not None:
+                raise below.rule.refused(below.name)
+
+    def _blind(self, place: int) -> tuple[int, Begin] | None:
+        """The lowest step whose own gradient gives its input away, however it is used above."""
+        if self.batch_size > 1 or self.update.local_steps > 1:
+            return None
+        for position in range(place):
+            walk = self.walk()
+            state = walk.blind(position)
+            if state is not None:
+                return position, partial(_again, reports=walk.reports, state=state)
+        return None
+
+    def _labels(self) -> Sequence[Tensor | None]:
+        """What the last layer tells of the label; of twins with two, the whole gradient tells."""
         labels: list[Tensor] = []
         with suppress(GradientInversionError):
-            for head in self._heads():  # of twins with two labels, the whole gradient tells
+            for head in self._heads():
                 if not any(torch.equal(head.targets, other) for other in labels):
                     labels.append(head.targets)
-        known: list[Tensor | None] = [*labels] or [None]
-        return [_Start(lowest, x, k, residual, error, targets) for targets in known]
+        return [*labels] or [None]
 
     def _heads(self) -> list[losses.Head]:
         """What the gradient of the last dense layer gives, by the loss that follows it."""
@@ -291,19 +379,28 @@ class _Recursion:
     # --- what became of it ----------------------------------------------------------------------
 
     def _candidate(self, walk: Recovering, start: _Start, polish: bool) -> Candidate:
-        step = self.steps[start.place]
-        error = max(start.error, walk.eps)
-        state = walk.begin(step, start.inputs, start.k, start.residual, error)
-        x = walk.descend(start.place - 1, walk.arrive(state, start.place - 1)).value
+        state = start.begin(walk)
+        end = walk.descend(start.place - 1, walk.arrive(state, start.place - 1))
+        x: Tensor = end.value
+        hidden: tuple[str, ...] = ()
+        if end.hidden is not None:
+            x, hidden = end.hidden.times(x), end.hidden.words
+        if not bool(torch.isfinite(x).all()):
+            raise InconsistentGradientError(
+                "The equations have no finite answer: a norm's statistics vanish for this input, "
+                "or the update is of another model."
+            )
         mismatch, targets, layers = None, start.targets, tuple(walk.reports)
-        unseen = [s for s in self.steps if s.rule.random and s.name not in walk.kept]
+        drawn = [s for s in self.steps if s.rule.random and not s.rule.normalises]
+        unseen = [s for s in drawn if s.name not in walk.kept]
         determined = walk.determined
         if self.update.local_steps == 1 and targets is not None and not unseen:
             gradient_at = gradient_of(self.steps, walk.kept, self.loss, targets)
             if polish:
                 x, layers, determined = self._polished(walk, x, gradient_at)
+                hidden = () if determined else hidden
             mismatch = _mismatch(gradient_at(x), self.gradients)
-        return Candidate(x, targets, layers, mismatch, determined)
+        return Candidate(x, targets, layers, mismatch, determined, hidden)
 
     def _polished(
         self, walk: Recovering, x: Tensor, gradient_at: GradientAt
@@ -328,16 +425,22 @@ class _Recursion:
         return better.solution.x, (*walk.reports, report), determined
 
 
+Begin = Callable[[Recovering], State]
+
+
 @dataclass(frozen=True)
 class _Start:
-    """A dense layer whose input is known, and the label that goes with it."""
+    """A step whose input is known, how a walk begins there, and the label that goes with it."""
 
     place: int
-    inputs: Tensor
-    k: Tensor
-    residual: float
-    error: float
+    begin: Begin
     targets: Tensor | None
+
+
+def _again(walk: Recovering, reports: Sequence[LayerReport], state: State) -> State:
+    """Begin where another walk has begun."""
+    walk.reports += reports
+    return state
 
 
 def _mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:

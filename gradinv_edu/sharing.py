@@ -51,7 +51,8 @@ def observe(
     loss : callable
         ``loss(model(inputs), targets)``, one number; else UnsupportedLossError.
     inputs, targets : Tensor, (N, …)
-        The client's samples and labels; floating-point ones are brought to the model's dtype.
+        The client's samples and labels; floating-point ones are brought to the model's dtype,
+        whole numbers stay as they are: words of a language model.
     local_steps, learning_rate, optimizer, momentum, weight_decay
         As in :class:`Update`; with torch.optim's arithmetic and defaults.
     batch_size : int, optional
@@ -185,7 +186,17 @@ def _gradient(
 ) -> list[Tensor]:
     given = f"inputs {tuple(x.shape)} with targets {tuple(y.shape)}, {y.dtype}"
     with checks.fitting(f"Model and loss do not take {given}"):
-        value = loss(model(x), y)
+        outputs = model(x)
+        try:
+            value = loss(outputs, y)
+        except (TypeError, AttributeError) as error:
+            if isinstance(outputs, Tensor):
+                raise
+            raise UnsupportedLossError(
+                f"{type(model).__name__} gives a {type(outputs).__name__}, which the loss does not "
+                "take: wrap the model so that its forward pass returns one tensor; a network with "
+                "auxiliary outputs, in train mode, is built with aux_logits=False."
+            ) from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise UnsupportedLossError(
@@ -199,15 +210,18 @@ def _samples(inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """Check what the client trains on, and copy it: autograd may keep it, in whatever mode."""
     if not isinstance(targets, Tensor):
         raise InvalidTensorError(f"targets must be a torch.Tensor, got {type(targets).__name__}.")
-    x = checks.finite(inputs, "inputs")
+    words = isinstance(inputs, Tensor) and inputs.dtype == torch.long and inputs.numel() > 0
+    x = inputs.detach().clone() if words else checks.finite(inputs, "inputs")
     if x.dim() < 1 or targets.dim() < 1 or len(x) != len(targets):
         raise InvalidTensorError(
             f"inputs has shape {tuple(x.shape)} and targets {tuple(targets.shape)}: their "
             "first dimensions must both be the number of samples, one or more."
         )
+    if not words:
+        x = x.to(dtype, copy=True)
     if targets.is_floating_point():
-        return x.to(dtype, copy=True), checks.finite(targets, "targets").to(dtype, copy=True)
-    return x.to(dtype, copy=True), targets.detach().clone()
+        return x, checks.finite(targets, "targets").to(dtype, copy=True)
+    return x, targets.detach().clone()
 
 
 @contextmanager

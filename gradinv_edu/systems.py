@@ -6,17 +6,20 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks
+from .engine import channels
 from .engine.krylov import Progress, Rows
 from .engine.layers import Affine, ModuleOperator, pack, rule_of, weight_names
 from .engine.layers.base import LayerOperator
 from .engine.layers.convolution import ConvolutionOperator
 from .engine.layers.dense import LinearOperator
+from .engine.layers.transposed import TransposedOperator
 from .engine.solve import Solution, least_squares
 from .errors import InvalidTensorError, UnsupportedLayerError
 
@@ -93,7 +96,6 @@ class LayerSystem:
         norm = float(k.norm())
         # w_k = ‖W‖/‖k‖, so that both sets of rows weigh alike
         self.gradient_scale = size / norm if norm > 0 and size > 0 else 1.0
-        self.balance = Balance.of(self.operator, self.row_mask, self.gradient_mask)
 
     def _mask(self, mask: Tensor | None, shape: torch.Size, name: str) -> Tensor | None:
         if mask is None:
@@ -109,8 +111,13 @@ class LayerSystem:
             less.row_mask = torch.zeros_like(self.k)
         if gradient:
             less.gradient_mask = self.k.new_zeros(self.gradient_shape)
-        less.balance = Balance.of(less.operator, less.row_mask, less.gradient_mask)
+        less.__dict__.pop("balance", None)
         return less
+
+    @cached_property
+    def balance(self) -> Balance:
+        """What makes filters alike; not every way to solve the system needs it."""
+        return Balance.of(self.operator, self.row_mask, self.gradient_mask)
 
     @property
     def like(self) -> Tensor:
@@ -239,6 +246,10 @@ class LayerSystem:
         """
         if outputs is None and weight_gradient is None:
             raise InvalidTensorError("outputs and weight_gradient are both None: nothing is known.")
+        if outputs is None and weight_gradient is not None and dense is None:
+            found = self.by_channel(None, weight_gradient)
+            if found is not None:
+                return found
         hasty = outputs is None or (weight_gradient is None and self.gradient_shape.numel() > 0)
         system = self
         if hasty:
@@ -252,6 +263,58 @@ class LayerSystem:
             generator=generator,
             progress=progress,
         )
+
+    def by_channel(
+        self,
+        outputs: Tensor | None,
+        weight_gradient: Tensor,
+        known: tuple[Tensor, Tensor] | None = None,
+        *,
+        positive: bool = False,
+        noise: float = 0.0,
+    ) -> Solution | None:
+        r""":math:`\sum_p k_f(p)\, x_c(p + t) = G_{f,c,t}`: one small matrix for all channels ``c``.
+
+        The gradient constraints of a convolution act alike on every input channel. What they leave
+        open is settled by the weight constraints, in these directions alone.
+        Implements :eq:`by-channel`.
+
+        Parameters
+        ----------
+        outputs : Tensor or None
+            ``z``, as for :meth:`solve`.
+        weight_gradient : Tensor
+            ``∂L/∂W``, shaped as the weight.
+        known : tuple of Tensor, optional
+            Entries of the input that are known already, and where: each ``(1, *input_shape)``.
+        positive : bool
+            Whether no entry of the input is negative, as behind a ReLU: what no equation sees may
+            then be told by signs (:func:`~gradinv_edu.engine.channels.nonnegative`).
+        noise : float
+            Relative noise of the gradient.
+
+        Returns
+        -------
+        Solution or None
+            None for another layer, for a batch, under a mask of gradients, or for a large map.
+
+        Notes
+        -----
+        Source: Eltaras et al. (2024) solve these rows; once for all channels, this project's.
+        """
+        op, one = self.operator, len(self.k) == 1 and self.gradient_mask is None
+        if not isinstance(op, ConvolutionOperator) or not one or not channels.small(op):
+            return None
+        G = _given(weight_gradient, "weight_gradient", self.gradient_shape, None).to(self.k.device)
+        found = channels.solve(op, G, known)
+        if found.missing and outputs is not None:
+            plain = ScaledSystem(self.without(gradient=True))
+            rest = self.right_hand_side(outputs, None).z - plain.forward(found.x).z
+            found = channels.settled(found, lambda step: plain.forward(step).z, rest)
+        found = channels.nonnegative(found, noise) if positive else found
+        left = float((self.matvec(found.x)[1] - G).norm()) / max(float(G.norm()), 1e-300)
+        share = found.missing / found.x.numel()
+        return Solution(found.x, left, 0, share, found.smallest, found.largest)
 
 
 @dataclass(frozen=True)
@@ -337,7 +400,7 @@ def _scaled(system: LayerSystem) -> LayerOperator:
     if isinstance(op, ConvolutionOperator):
         weight = _mix(system.balance.rows, op.weight, 0)
         return replace(op, weight=weight, k=_mix(system.balance.gradient, k, 1))
-    if isinstance(op, LinearOperator):
+    if isinstance(op, LinearOperator | TransposedOperator):
         return replace(op, k=k)
     return ModuleOperator(system.module, k, system.input_shape)
 

@@ -20,7 +20,8 @@ from gradinv_edu.errors import GradientInversionError, UndeterminedScaleError
 Shape = tuple[int, ...]
 Pick = Callable[..., int]
 LOSS = nn.CrossEntropyLoss()
-BENDS = [*INVERSES, lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.ReLU]
+BENDS = [*INVERSES, lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.ReLU, nn.ReLU6, nn.Hardsigmoid]
+BENDS += [nn.GELU, lambda: nn.GELU(approximate="tanh"), nn.SiLU, nn.Mish, nn.Hardswish]
 
 
 class Residual(nn.Module):
@@ -105,7 +106,12 @@ class _Draw:
             self.add(pool(2, self.pick(1, 2)))
         if self.pick(*[0] * 7, 1):
             self.add(nn.Dropout(0.3).train(bool(self.pick(0, 1))))
-        self.add(self.bend() if self.pick(*range(40)) else nn.GELU())
+        if self.dimensions and self.pick(*[0] * 9, 1):
+            scale = {"scale_factor": 2} if self.size < 6 else {"size": self.shape[-1] + 1}
+            self.add(nn.Upsample(**scale, mode="nearest"))
+        if self.dimensions == 2 and self.shape[0] % 4 == 0 and self.pick(*[0] * 5, 1):
+            self.add([nn.PixelShuffle(2), nn.ChannelShuffle(2)][self.pick(0, 1)])
+        self.add(self.bend() if self.pick(*range(40)) else nn.Softmax(1))
 
     def linear(self, width: int, same: bool = False, channels: int | None = None) -> nn.Module:
         channels, bias = channels or self.shape[0], bool(self.pick(0, 1))
@@ -114,6 +120,10 @@ class _Draw:
         kind = nn.Conv1d if self.dimensions == 1 else nn.Conv2d
         if same:
             return kind(channels, width, 3, padding=1, bias=bias)
+        if self.pick(*[0] * 6, 1):
+            kind = nn.ConvTranspose1d if self.dimensions == 1 else nn.ConvTranspose2d
+            kernel, stride = self.pick(1, 2, 3), self.pick(1, 1, 2)
+            return kind(channels, width, kernel, stride=stride, padding=kernel // 2, bias=bias)
         groups = self.pick(1, 1, 1, channels)
         options = {"stride": self.pick(1, 1, 2), "padding": self.pick(0, 1), "bias": bias}
         width += -width % groups

@@ -94,6 +94,19 @@ def test_an_audit_is_the_packages_and_fails_a_pipeline_above_its_limit(
         assert cli.main(["audit", "the_nets:make", *SHAPE, "--limit", limit]) == code
 
 
+def test_an_audit_tells_what_it_knows_so_far(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["audit", "the_nets:make", *SHAPE, "--progress"]
+    assert cli.main([*line, "--seconds", "0"]) == 0
+    printed = capsys.readouterr()
+    assert "not tested to the end: 0" in printed.out and "Unknown" in printed.out
+    assert "layers told; Unknown" in printed.err and "exactly" not in printed.err
+    assert cli.main([*line, "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["verdict"] == "leaks exactly" and found["untested"] == []
+    assert printed.err.strip().endswith(found["reason"])
+
+
 def test_the_weights_of_a_saved_program_come_in_by_a_factory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from gradinv_edu.engine.graph import OPERATIONS, RESHAPES, Step, trace
+from gradinv_edu.engine.graph import OPERATIONS, PERMUTES, RESHAPES, Step, trace
+from gradinv_edu.engine.layers.branches import Call
 from gradinv_edu.errors import InvalidTensorError, UnsupportedLayerError
 
 Shape = tuple[int, ...]
@@ -139,13 +140,43 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "unflatten": ("Reshape", lambda x: x.unflatten(1, (2, 1))),
     "squeeze": ("Reshape", lambda x: x[:, :1].squeeze(1)),
     "unsqueeze": ("Reshape", lambda x: x.unsqueeze(1)),
+    "gelu": ("GELU", lambda x: F.gelu(x, approximate="tanh")),
+    "silu": ("SiLU", F.silu),
+    "mish": ("Mish", F.mish),
+    "hardswish": ("Hardswish", lambda x: F.hardswish(x, inplace=True)),
+    "hardsigmoid": ("Hardsigmoid", F.hardsigmoid),
+    "relu6": ("ReLU6", F.relu6),
+    "hardtanh": ("Hardtanh", lambda x: F.hardtanh(x, -0.5, max_val=0.5)),
+    "clamp": ("Hardtanh", lambda x: x.clamp(-0.2, 0.2)),
+    "clip": ("ReLU", lambda x: torch.clip(x, min=0)),
+    "softmax": ("Softmax", lambda x: F.softmax(x, dim=1)),
+    "clone": ("Identity", lambda x: x.clone()),
+    "interpolate": ("interpolate", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "pad": ("pad", lambda x: F.pad(x, (1, 0, 2, 1), mode="reflect")),
+    "mean": ("mean", lambda x: x.mean([2, 3])),
+    "mean, kept": ("mean", lambda x: torch.mean(x, dim=(2, 3), keepdim=True)),
+    "a part": ("getitem", lambda x: x[:, :, 1:]),
+    "alone": ("cat", lambda x: torch.cat([x], 1)),
+    "permute": ("Permute", lambda x: x.permute(0, 2, 3, 1)),
+    "transpose": ("Permute", lambda x: torch.transpose(x, 1, -1)),
+    "swapaxes": ("Permute", lambda x: x.swapaxes(1, 2)),
+    "swapdims": ("Permute", lambda x: x.swapdims(1, 2)),
+    "movedim": ("Permute", lambda x: x.movedim(1, -1)),
+    "moveaxis": ("Permute", lambda x: x.moveaxis(1, -1)),
+    "pixel_shuffle": ("PixelShuffle", lambda x: F.pixel_shuffle(torch.cat([x, x], 1), 2)),
+    "pixel_unshuffle": ("PixelUnshuffle", lambda x: F.pixel_unshuffle(x, 2)),
+    "channel_shuffle": ("ChannelShuffle", lambda x: F.channel_shuffle(x, 2)),
     "no rule": ("square", torch.square),
+    "a distance": ("sub", lambda x: 1 - x),
     "a factor": ("mul", lambda x: torch.tanh(x) * 2),
 }
 
 
+OPAQUE = {"square"}
+
+
 def test_every_operation_of_the_table_is_called() -> None:
-    assert set(OPERATIONS) | RESHAPES <= set(CALLS)
+    assert set(OPERATIONS) | RESHAPES | PERMUTES <= set(CALLS)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -155,6 +186,7 @@ def test_an_operation_becomes_its_layer(call: str) -> None:
     shape = (1, 5, 5, 5) if "3d" in call else (1, 5, 5)
     steps = agrees(Passing(lambda x, a: function(a(x)), a=layer), shape)
     assert kinds(steps)[0] == type(layer).__name__ and kinds(steps)[-1] == kind
+    assert (type(steps[-1].module) is Call) is (kind in OPAQUE)
 
 
 # --- ways that part and meet again --------------------------------------------------------------
@@ -216,14 +248,16 @@ def test_a_block_says_what_in_it_cannot_be_followed_and_which_gradients_do_not_j
     names = dict(step.parameters())
     smooth = {names[own] for own in step.module.smooth()}
     assert smooth == {"layers.b.weight", "layers.b.bias"}
-    model = Passing(lambda x, a, b: x + b(F.max_pool2d(a(x), 3, 1, 1)), a=conv(), b=conv())
+    drawn = nn.FractionalMaxPool2d(1, output_size=4)
+    model = Passing(lambda x, a, p, b: x + b(p(a(x))), a=conv(), p=drawn, b=conv())
     (step,) = trace(model, (2, 4, 4))
-    assert "max_pool2d (MaxPool2d) inside cannot be followed" in str(step.rule.refusal)
+    assert "layers.p (FractionalMaxPool2d) inside cannot be followed" in str(step.rule.refusal)
 
 
 MODELS = {
     "resnet18": 32, "densenet121": 32, "mobilenet_v3_small": 32, "squeezenet1_1": 64,
-    "googlenet": 32, "shufflenet_v2_x0_5": 32, "alexnet": 64,
+    "googlenet": 32, "shufflenet_v2_x0_5": 32, "alexnet": 64, "convnext_tiny": 32,
+    "efficientnet_b0": 32, "mnasnet0_5": 32, "regnet_y_400mf": 32, "mobilenet_v2": 32,
 }  # fmt: skip
 
 
@@ -233,7 +267,9 @@ def test_steps_of_a_known_network_compute_its_output(name: str) -> None:
     model = getattr(torchvision.models, name)(weights=None, **more).eval()
     steps = agrees(model, (3, MODELS[name], MODELS[name]))
     named = {known for step in steps for _, known in step.parameters()}
-    unused = {n for n, _ in model.named_parameters() if n.startswith("aux")}
+    unused = {n for n, _ in model.named_parameters() if n.startswith("aux") or "layer_scale" in n}
+    layers = [m for step in steps for m in step.module.modules()]
+    assert not [m.name for m in layers if type(m) is Call]
     assert named == {n for n, _ in model.named_parameters()} - unused
 
 
@@ -255,7 +291,10 @@ REFUSED: list[tuple[nn.Module, str]] = [
     (TwoInputs(), "second input, 'y'"),
     (Passing(lambda x: x if x.sum() > 0 else -x), "cannot trace the forward pass of Passing"),
     (Passing(torch.flatten), "keep the batch dimension"),
-    (Passing(lambda x: (x.tanh(), x)), "gives a tuple; one tensor that depends on the input"),
+    (Passing(lambda x: (x.tanh(), x)), "gives a tuple; one tensor .* Wrap it so that"),
+    (Passing(lambda x: {"out": x.tanh()}), "gives a dict; one tensor .* Wrap it so that"),
+    (Passing(lambda x: x.transpose(0, 1)), "transpose must keep the batch dimension"),
+    (Passing(lambda x: torch.max(x, 1)), "gives a tuple; one tensor .* Wrap it so that"),
     (Passing(lambda x: torch.ones(2)), "gives a constant"),
     (nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)), "1 gives a tuple, not one tensor"),
 ]
@@ -265,6 +304,14 @@ REFUSED: list[tuple[nn.Module, str]] = [
 def test_what_cannot_be_read_is_refused_by_name(model: nn.Module, says: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=says):
         trace(model, (3,))
+
+
+def test_helpers_beside_the_output_are_named_with_what_to_do() -> None:
+    model = torchvision.models.googlenet(weights=None, init_weights=False).train()
+    with pytest.raises(
+        UnsupportedLayerError, match=r"Call \.eval\(\), or build .*aux_logits=False"
+    ):
+        trace(model, (3, 64, 64))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Chapter 5: what a server knows of a layer, with masks, batches, units, and what is refused."""
+"""What a server knows of a layer, with masks, batches, units, and what is refused."""
 
 from __future__ import annotations
 

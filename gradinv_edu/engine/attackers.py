@@ -16,7 +16,7 @@ from .. import fully_connected
 from ..errors import DoesNotApplyError, InvalidArgumentError, UnknownNameError
 from ..sharing import Update
 from . import aware
-from .received import Answer, Received, first_layer, gradient_of, match, recover
+from .received import Answer, FromAbove, Received, first_layer, gradient_of, match, recover
 
 __all__ = ["ATTACKERS", "OWN", "Answer", "Attacker", "Received", "get", "register"]
 
@@ -65,7 +65,7 @@ def register(
     aware, promises : bool
         As in :class:`Attacker`.
     own : bool
-        Whether it is a client's, on its own update (the guard of chapter 14).
+        Whether it is a client's, on its own update (the guard of a federation).
 
     Raises
     ------
@@ -99,12 +99,10 @@ def get(name: str, *, own: bool = False) -> Attacker:
 
 @register("ratio")
 def ratio(received: Received) -> Answer:
-    r""":math:`x = \operatorname{mean}_i\, G_i / b_i`: chapter 1's ratio, every row alike."""
+    r""":math:`x = \operatorname{mean}_i\, G_i / b_i`: the bias ratio, every row alike."""
     name, layer = first_layer(received.model)
     if not isinstance(layer, nn.Linear):
-        raise DoesNotApplyError(
-            "The first layer is a convolution; its ratio is a mean of patches (chapter 4)."
-        )
+        raise DoesNotApplyError("The first layer is a convolution; its ratio is a mean of patches.")
     G, b = (gradient_of(received, f"{name}.{part}") for part in ("weight", "bias"))
     x = fully_connected.recover_input(G, b, method="mean")
     return Answer(x.reshape(1, *received.input_shape), False)
@@ -112,10 +110,10 @@ def ratio(received: Received) -> Answer:
 
 @register("recursion", promises=True)
 def walk(received: Received) -> Answer:
-    """The recursion of chapter 6 as if there were no defense."""
+    """The published recursion, from the last layer down, as if there were no defense."""
     plain = {n: g / received.update.local_steps for n, g in received.update.gradients.items()}
     model = copy.deepcopy(received.model).eval()  # dropout is not known of
-    return recover(replace(received, model=model, update=Update(plain)))
+    return recover(replace(received, model=model, update=Update(plain)), walk=FromAbove)
 
 
 @register("DLG")

@@ -2,120 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from ..systems import LayerSystem, ScaledSystem
-from . import block
+from ..errors import UndeterminedScaleError, UnsupportedLayerError
+from ..systems import ScaledSystem
+from . import blind
+from .evidence import LADDER, Layer, counted, refined, sided
 from .graph import Step
+from .hidden import Hidden, bias_below, shifts
+from .joint import LARGEST, Branching, Normalising
 from .krylov import Progress
-from .layers import Affine, Rule, rule_of
+from .layers import Rule, rule_of
 from .layers.branches import Block, Node
 from .layers.convolution import Conv
-from .recovery import TOLERANCES
-from .solve import DENSE, Linearised, Solution, inertia_rank, rank_of, rank_test
-from .walk import Group, State, Walk
+from .layers.norms import Norm
+from .progress import Deadline, OutOfTime
+from .recovery import Recovering
+from .reports import TOLERANCES
+from .verdicts import PLACES, LayerAudit, Stop, Verdict
+from .walk import Group, Stack, State, Walk, positive
 
-__all__ = ["Auditing", "LayerAudit", "Passed", "Stop", "sample_pass", "system_matrix"]
-
-INERTIA = 4096  # unknowns up to which the rank of a deficient layer is counted exactly
-ENTRIES = 3e7  # of a matrix that is written out
-BUDGET = 2e11  # multiplications that one iterative rank test may take
-FEWEST = 20  # steps of such a test; with fewer it is not begun
-BLOCK, BLOCK_STEPS = 8192, 1000  # unknowns of a block whose rank is tested, and most steps of it
-TRIED = 2048  # unknowns of a block up to which it is solved as well
-
-
-@dataclass(frozen=True)
-class LayerAudit:
-    """What one layer's equations can tell of its input, given that the layers above are undone.
-
-    Attributes
-    ----------
-    name, kind : str
-        Of the layer in the model, and its type; ``first+…+last`` where pooling is solved
-        together with the layer that feeds it.
-    unknowns : int
-        Entries of the layer's input.
-    weight_equations, gradient_equations : int
-        Rows of ``W`` whose right-hand side is known (a ReLU's dead units are masked), rows of
-        ``K``.
-    rank : int
-        Of both sets together; see ``method``.
-    method : str
-        How the rank was found: ``"closed form"`` (dense layers), ``"svd"``, ``"inertia"`` (both
-        exact), ``"law"`` (:func:`gradinv_edu.rank.rank_law`), ``"gradient"`` or ``"weight"`` (these
-        constraints alone determine everything), ``"iterative"`` (full rank by a matrix-free test),
-        ``"at most"`` (an upper bound below the unknowns), ``"estimate"``, ``"undecided"`` (an
-        upper bound, the test's budget was spent).
-    recoverable : bool or None
-        Whether the layer's own equations determine its input; ``None`` where undecided.
-    together : tuple of str
-        Layers below that make up for what this one lacks, if they do.
-    settled : bool
-        Whether an answer that takes iterations of its own, of a block or together with layers
-        below, was found at the sample.
-    needed : bool
-        Whether the recursion passes here at all: it begins at the lowest dense layer with a bias.
-    """
-
-    name: str
-    kind: str
-    unknowns: int
-    weight_equations: int
-    gradient_equations: int
-    rank: int
-    method: str
-    recoverable: bool | None
-    together: tuple[str, ...] = ()
-    settled: bool = False
-    needed: bool = True
-
-    @property
-    def rank_index(self) -> int:
-        """``rank − unknowns``: zero where the input is determined, else minus what is missing."""
-        return self.rank - self.unknowns
-
-    @property
-    def deficiency(self) -> int:
-        """Dimensions of the input that the layer's own equations leave open."""
-        return self.unknowns - self.rank
-
-    @property
-    def verdict(self) -> str:
-        """One line."""
-        if not self.needed:
-            return "not needed"
-        if self.recoverable:
-            return "determined"
-        if self.together:
-            return f"determined together with {', '.join(self.together)}"
-        if self.recoverable is None:
-            return "undecided"
-        bound = "at least " if self.method == "at most" else ""
-        about = "about " if self.method == "estimate" else ""
-        return f"{bound}{about}{self.deficiency} dimensions stay open"
-
-
-@dataclass(frozen=True)
-class Stop:
-    """A place where the recursion cannot go on, and why.
-
-    Attributes
-    ----------
-    name, kind : str
-        Of the layer or operation.
-    reason : str
-        What it does to its input.
-    """
-
-    name: str
-    kind: str
-    reason: str
+__all__ = ["Auditing", "Passed", "sample_pass"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +63,9 @@ def _pulled(values: list[Tensor], k: Tensor) -> Passed:
 class Auditing(Walk):
     """The walk of a recovery whose every layer is handed the truth of a sample.
 
+    The walk itself counts equations, no more. What takes time comes after it, from the input up:
+    the layers there decide what leaks.
+
     Parameters
     ----------
     steps : sequence of Step
@@ -162,21 +78,91 @@ class Auditing(Walk):
         Of the random starts that test ranks.
     """
 
+    # unknowns of a layer that is solved with those below even where a stop ends the walk: it is
+    # long for more, and does not make the input exact
+    mended = 3072
+
     def __init__(
         self, steps: Sequence[Step], passed: Passed, begins: int, generator: torch.Generator
     ) -> None:
         super().__init__(steps, generator)
         self.passed, self.begins = passed, begins
-        self.layers: list[LayerAudit] = []
+        self.layers: list[LayerAudit] = []  # from the output to the input, as they are met
+        self.asked: dict[
+            int, Layer | Branching | Normalising
+        ] = {}  # what stands behind each of them
+        self.waiting: set[int] = set()  # those with tests left
         self.stops: list[Stop] = []
-        self.carried: set[str] = set()  # layers determined by one above, together
         self.masked = False
         self.progress: Progress | None = None
+        self._given = ""  # what a search above must find before the next layer's rows are known
 
-    def run(self) -> None:
-        """Walk from the output to the input."""
+    def run(self, end: float | None = None, told: Callable[[], None] | None = None) -> None:
+        """Count every layer's equations, then test ranks until ``time.monotonic()`` is ``end``.
+
+        Parameters
+        ----------
+        end : float, optional
+            Without it, every test has a budget of operations.
+        told : callable, optional
+            Called after the counting, and after each layer.
+        """
         last = len(self.steps) - 1
-        self.descend(last, self.true(last, None))
+        bottom = self.descend(last, self.true(last, None))
+        if bottom.hidden is not None and self.layers:
+            self.layers[-1] = replace(self.layers[-1], hidden="; ".join(bottom.hidden.words))
+        told = told or (lambda: None)
+        told()
+        for done, test in enumerate(self._tests(), 1):
+            try:
+                if end is None:
+                    test()
+                else:
+                    with Deadline(end):
+                        test()
+            except OutOfTime:
+                if end is None or time.monotonic() <= end:  # a caller's own deadline
+                    raise
+                break
+            if self.progress is not None:
+                self.progress(done, 0.0)
+            told()
+
+    def starts_at(self, position: int) -> bool:
+        """Whether a recovery begins here, by this step's own gradient alone."""
+        step = self.steps[position]
+        sent: dict[str, Tensor] = {}
+        if not _may_begin(step):
+            return False
+        for place in (position, position + 1):
+            if place < len(self.steps):
+                sent |= self._gradients(place)
+        walk = Recovering(self.steps, sent, torch.float64)
+        return walk.blind(position) is not None
+
+    def _gradients(self, position: int) -> dict[str, Tensor]:
+        """What a client with the sample would send of one step."""
+        step = self.steps[position]
+        names = dict(step.parameters())
+        if not names:
+            return {}
+        own = {name: p.detach().requires_grad_() for name, p in step.module.named_parameters()}
+        with torch.enable_grad():
+            constants = {**own, **dict(step.module.named_buffers())}
+            out = functional_call(step.module, constants, (self.passed.values[position],))
+            k = self.passed.gradients[position + 1]
+            found = torch.autograd.grad(out, list(own.values()), k, allow_unused=True)
+        return {names[n]: g for n, g in zip(own, found, strict=True) if g is not None}
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Layers whose verdict the tests that are left may change."""
+        open_ = [
+            place
+            for place in sorted(self.waiting, reverse=True)
+            if self.layers[place].recoverable is None or self._borrows(place)
+        ]
+        return tuple(self.layers[place].name for place in open_)
 
     def true(self, position: int, weight: Tensor | None) -> State:
         """What is known at the output of a step, with the sample's own values."""
@@ -185,110 +171,127 @@ class Auditing(Walk):
 
     def arrive(self, state: State, below: int) -> State:
         """Replace what was found by the truth; what is masked stays so."""
-        if self.progress is not None:
-            self.progress(len(self.steps) - below, 0.0)
-        return self.true(below, state.weight)
+        true, doubt = self.true(below, state.weight), state.doubt
+        true = replace(true, hidden=state.hidden)
+        if doubt is not None:
+            sides = doubt.choose(doubt.nearer(true.value))
+            true = replace(true.chosen(replace(sides, value=true.value, k=true.k)), doubt=doubt)
+        return true
 
     def refused(self, position: int, state: State) -> State:
         """Note the stop; below, layers are counted as if it had been undone."""
         step = self.steps[position]
         if position <= self.begins:
-            reason = step.rule.refusal
-            assert reason is not None
-            self.stops.append(Stop(step.name, step.rule.kind, reason))
+            reason = step.rule.refusal or step.rule.reason
+            self.stops.append(Stop(step.name, step.rule.kind, reason, Verdict.NOT))
         if isinstance(step.module, Block):
             self._inside(step, position)
-        return replace(state, weight=None)
+        alike = step.input_shape == step.output_shape and not isinstance(step.module, Block)
+        return state if alike and self._given else self._whole(state)
+
+    def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
+        """What the layers below hold once the places of the maxima are found."""
+        position = below + len(stack.steps)
+        step = self.steps[position]
+        if position <= self.begins:
+            reason = "it keeps one entry of each window and forgets which"
+            self.stops.append(Stop(step.name, step.rule.kind, reason, Verdict.SEARCH))
+        self._given = PLACES
+        x, y = self.passed.values[position : position + 2]
+        weight = _selected(step.rule, state.weight, x, y)
+        return replace(state, weight=weight, doubt=None), position - 1
 
     def layer(self, group: Group, state: State, below: int) -> tuple[State, int]:
-        """Count what one layer determines, alone or with those below."""
-        needed = below + len(group.steps) <= self.begins
-        found, system = self._examined(group.name, group, state)
-        found = replace(found, needed=needed)
-        if needed and found.recoverable is False and found.name not in self.carried:
-            assert system is not None
-            rows = ScaledSystem(system).forward(self.passed.values[below + 1])  # what is sent
-            tolerance = TOLERANCES[torch.float64][0]
-            borrowed = self.together(system, rows, found.deficiency, below, tolerance=tolerance)
-            if borrowed is not None:
-                names = tuple(floor.name for floor in borrowed[0])
-                found = replace(found, together=names, settled=True)
-                self.carried |= set(names)
-        self.layers.append(found)
-        return replace(state, weight=None), below
-
-    def _examined(
-        self, name: str, group: Group, state: State
-    ) -> tuple[LayerAudit, LayerSystem | None]:
-        """One layer's equations at the sample."""
+        """Count the equations of one layer."""
         self.masked |= state.weight is not None
-        n, k = math.prod(group.input_shape), state.k
-        if group.dense and bool(k.any()):
-            rows = k.numel() if state.weight is None else int(state.weight.sum())
-            counts = (n, rows, k.numel() * n)
-            return LayerAudit(name, group.kind, *counts, n, "closed form", True), None
-        system = LayerSystem(group.module, k, group.input_shape, state.weight)
-        counts = (system.unknowns, system.weight_equations, system.gradient_equations)
-        rank, method, recoverable = _rank(system, self.generator)
-        return LayerAudit(name, group.kind, *counts, rank, method, recoverable), system
+        top = below + len(group.steps)
+        above = self.steps[top + 1].rule if top + 1 < len(self.steps) else None
+        layer = Layer(
+            group=group,
+            x=self.passed.values[below + 1],
+            k=state.k,
+            known=state.weight,
+            needed=top <= self.begins,
+            given=self._given,
+            summed=_summed(group.module, above),
+            generator=self.generator,
+            doubt=state.doubt,
+        )
+        self._ask(layer, counted(layer))
+        return self._whole(state), below
 
     def branches(self, step: Step, state: State) -> State:
-        """Count a block of branches as one system, linearised at the sample."""
+        """Count the equations of a block of branches, or of the layers inside."""
         assert isinstance(step.module, Block)
         position = self.steps.index(step)
         x = self.passed.values[position]
         # where the walk stops anyway, what each layer inside could tell is more than a yes or no
         stopped = any(s.rule.refusal is not None for s in self.steps[: self.begins])
-        if stopped or x.numel() > BLOCK:
-            if x.numel() > BLOCK and position <= self.begins:
-                reason = f"ways part and meet again: {x.numel()} unknowns are one joint system"
-                self.stops.append(Stop(step.name, step.rule.kind, reason))
+        if stopped or x.numel() > LARGEST:
             self._inside(step, position)
-            return replace(state, weight=None)
         self.masked |= state.weight is not None
-        shapes = {name: torch.zeros_like(p) for name, p in step.module.named_parameters()}
-        system = block.BlockSystem(step.module, state.k, shapes, state.weight)
-        system.use("all")
-        rank, method, recoverable = self._block_rank(system, x)
-        settled = False
-        if recoverable and x.numel() <= TRIED and position <= self.begins:
-            found = system.gradients_at(x)
-            tried = block.BlockSystem(step.module, state.k, found, state.weight)
-            answer = block.solve(tried, state.value, step.input_shape, generator=self.generator)
-            settled = answer.full_rank and answer.residual <= TOLERANCES[torch.float64][0]
-            method = method if settled else "undecided"
-            recoverable = settled or None
-        self.layers.append(
-            LayerAudit(
-                name=step.name,
-                kind=step.rule.kind,
-                unknowns=x.numel(),
-                weight_equations=system.weight_equations,
-                gradient_equations=system.gradient_equations,
-                rank=rank,
-                method=method,
-                recoverable=recoverable,
-                settled=settled,
-                needed=position <= self.begins,
-            )
-        )
-        return replace(state, weight=None)
+        needed, below = position <= self.begins, positive(self.steps, position)
+        asked = Branching(step, x, state, needed, self.generator, below)
+        self._ask(asked, asked.counted())
+        return self._whole(state)
 
-    def _block_rank(self, system: block.BlockSystem, x: Tensor) -> tuple[int, str, bool | None]:
-        n, equations = x.numel(), system.weight_equations + system.gradient_equations
-        if equations < n:
-            return equations, "at most", False
-        if n <= DENSE and n * equations <= ENTRIES:
-            at = Linearised(system.rows, x)
-            units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape)
-            rank = rank_of(torch.stack([at.forward(unit).flat() for unit in units], dim=1))
-            return rank, "svd", rank == n
-        assert self.generator is not None
-        system.balance(x, self.generator)
-        at = Linearised(system.rows, x)
-        return _verdict(
-            rank_test(at, x, cap=BLOCK_STEPS, generator=self.generator, spectrum=False), n, n
-        )
+    def normalised(self, position: int, state: State) -> tuple[State, int]:
+        """Count the equations of a norm and the affine layer below it, σ and μ among unknowns."""
+        step, needed = self.steps[position], position <= self.begins
+        rule, below = step.rule, position - 1
+        assert isinstance(rule, Norm)
+        open_ = replace(self._whole(state), hidden=None)
+        try:
+            group = self.group_under(position, len(state.value))
+            if state.hidden is not None and needed:
+                raise UndeterminedScaleError(
+                    f"no bias tells the factor that {state.hidden.norm} hides"
+                )
+        except (UnsupportedLayerError, UndeterminedScaleError) as error:
+            if needed:
+                why = rule.reason if isinstance(error, UnsupportedLayerError) else str(error)
+                self.stops.append(Stop(step.name, rule.kind, why))
+            return open_, below
+        self.masked |= state.weight is not None
+        below = position - 1 - len(group.steps)
+        x = self.passed.values[below + 1]
+        gradient = group.gradient(x, self.passed.gradients[position])
+        asked = Normalising(step.name, group, rule, x, state, gradient, needed, self.generator)
+        self._ask(asked, asked.counted())
+        if asked.system.has_tau or not needed:
+            return open_, below
+        hidden = Hidden(step.name, x.new_ones(asked.system.families), asked.system.unseen)
+        return replace(open_, hidden=hidden), below
+
+    def reveal(self, state: State, below: int) -> State:
+        """A bias tells the factor, or nothing does yet; what tells the constants, or nothing."""
+        hidden, last = state.hidden, len(self.layers) - 1
+        assert hidden is not None
+        if hidden.unseen is not None and below >= 0:
+            x = self.passed.values[below + 1]
+            if shifts(self.steps, below, x, hidden.unseen, state.noise) is None:
+                asked = self.asked[last]
+                assert isinstance(asked, Normalising)
+                self.asked[last] = replace(asked, lost=int(hidden.unseen.max()) + 1)
+            hidden = replace(hidden, unseen=None)
+        try:
+            told = bias_below(self.steps, below, hidden) is not None
+        except UndeterminedScaleError as error:
+            step = self.steps[below]
+            self.stops.append(Stop(step.name, step.rule.kind, str(error)))
+            told = True
+        return replace(state, hidden=None if told else hidden)
+
+    def _whole(self, state: State) -> State:
+        """At the input of a layer all is known."""
+        self._given = ""
+        return replace(state, weight=None, doubt=None)
+
+    def _ask(self, asked: Layer | Branching | Normalising, found: LayerAudit) -> None:
+        place = len(self.layers)
+        self.layers.append(found)
+        self.asked[place] = asked
+        self.waiting.add(place)
 
     def _inside(self, step: Step, position: int) -> None:
         """Count the layers inside a block, each as if all the others were undone."""
@@ -302,74 +305,139 @@ class Auditing(Walk):
             rule = rule_of(node.module)
             if not rule.affine or rule.elementwise or len(node.sources) > 1:
                 continue
-            shapes = (passed.values[i].shape[1:] for i in (node.sources[0], place + 1))
+            source = node.sources[0]
+            shapes = (passed.values[i].shape[1:] for i in (source, place + 1))
             inner = Step(node.name, rule, *(tuple(shape) for shape in shapes))
-            weight = _mask_above(module.nodes, passed, place)
-            state = State(passed.values[place + 1], weight, passed.gradients[place + 1], 1e-16, 0.0)
-            self.layers.append(self._examined(node.name, Group((inner,)), state)[0])
+            weight, given = _mask_above(module.nodes, passed, place)
+            self.masked |= weight is not None
+            above = [rule_of(n.module) for n in module.nodes if place + 1 in n.sources]
+            layer = Layer(
+                group=Group((inner,)),
+                x=passed.values[source],
+                k=passed.gradients[place + 1],
+                known=weight,
+                needed=position <= self.begins,
+                given=given,
+                block=step.name,
+                summed=_summed(node.module, above[0] if len(above) == 1 else None),
+                generator=generator,
+            )
+            self._ask(layer, counted(layer))
+
+    # --- tests, after the walk --------------------------------------------------------------------
+
+    def _tests(self) -> list[Callable[[], None]]:
+        """In the order in which they are made."""
+        upwards = sorted(self.asked, reverse=True)
+        quick = [lambda p=p: self._climb(p, 0) for p in upwards]
+        slow = [lambda p=p: self._climb(p, 1) for p in upwards]
+        return [*quick, *slow, *(lambda p=p: self._borrow(p) for p in sorted(self.asked))]
+
+    def _climb(self, place: int, step: int) -> None:
+        """Look at one layer by one step of the ladder."""
+        asked, found = self.asked[place], self.layers[place]
+        if not isinstance(asked, Layer):
+            found = asked.joint(found) if step else found
+        else:
+            for evidence in LADDER[step]:
+                found = refined(asked, found, evidence)
+            found = sided(asked, found) if not found.unsettled else found
+        self._store(place, found)
+        if step and not self._borrows(place):
+            self.waiting.discard(place)
+
+    def _store(self, place: int, found: LayerAudit) -> None:
+        """What must be found first leaves the verdict open; one reader of a tensor is enough."""
+        if found.given and found.recoverable:
+            found = replace(found, recoverable=None)
+        self.layers[place] = found
+        asked = self.asked[place]
+        for other, layer in self.asked.items():
+            if other == place or not isinstance(layer, Layer) or layer.x is not asked.x:
+                continue
+            here, there = self.layers[place], self.layers[other]
+            if here.recoverable and not there.recoverable:
+                self.layers[other] = replace(there, together=(here.name,))
+            elif there.recoverable and not here.recoverable:
+                self.layers[place] = replace(here, together=(there.name,))
+
+    def _borrows(self, place: int) -> bool:
+        """Whether layers below may make up for what this one lacks."""
+        asked, found = self.asked[place], self.layers[place]
+        if not isinstance(asked, Layer) or asked.block or asked.given or not asked.needed:
+            return False
+        lacks = found.recoverable is False and not (found.known or found.unsettled)
+        return lacks and any(s.rule.affine for s in self.steps[: self._below(asked) + 1])
+
+    def _below(self, asked: Layer) -> int:
+        return self.steps.index(asked.group.steps[0]) - 1
+
+    def _borrow(self, place: int) -> None:
+        """Solve a deficient layer together with those below it."""
+        if self._borrows(place):
+            asked, found = self.asked[place], self.layers[place]
+            assert isinstance(asked, Layer)
+            if self.stops and asked.unknowns > self.mended:
+                return
+            system, tolerance = asked.system, TOLERANCES[torch.float64][0]
+            rows = ScaledSystem(system).forward(asked.x)  # what is sent
+            below = self._below(asked)
+            solved = self.together(system, rows, found.deficiency, below, tolerance=tolerance)
+            if solved is not None:
+                names = tuple(floor.name for floor in solved[0])
+                self.layers[place] = replace(found, together=names, settled=True)
+                for other, layer in enumerate(self.layers):
+                    if layer.name in names and not layer.known:
+                        self.layers[other] = replace(layer, together=(found.name,), settled=True)
+        self.waiting.discard(place)
 
 
-def _mask_above(nodes: Sequence[Node], passed: Passed, place: int) -> Tensor | None:
-    """Outputs that elementwise layers right above leave known."""
+def _may_begin(step: Step) -> bool:
+    """Whether a convolution here has no more positions than filters and channels."""
+    if step.rule.random or step.rule.refusal is not None:
+        return False
+    if not isinstance(step.module, Block):
+        return isinstance(step.module, Conv) and blind.possible(step.module, step.input_shape)
+    edges = zip(step.module.nodes, step.module.layers, strict=True)
+    zero = next(p for p in step.module.parameters()).new_zeros(1, *step.input_shape)
+    with torch.no_grad():
+        shapes = [value.shape[1:] for value in step.module.values(zero)]
+    return any(
+        isinstance(layer, Conv)
+        and len(node.sources) == 1
+        and blind.possible(layer, tuple(shapes[node.sources[0]]))
+        for node, layer in edges
+    )
+
+
+def _summed(module: torch.nn.Module, above: Rule | None) -> bool:
+    """Whether a bias here, or of a norm right above, has the sum of ``k`` for its gradient."""
+    own = getattr(module, "bias", None) is not None
+    norm = above is not None and above.affine and above.elementwise
+    return own or (norm and getattr(above.module, "bias", None) is not None)  # type: ignore[union-attr]
+
+
+def _selected(rule: Rule, weight: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """Entries of ``x`` that a selection took: 1 where a known one of ``y`` came from."""
+    chosen = torch.ones_like(y) if weight is None else weight
+    return (rule.pull(chosen, x) != 0).to(torch.float64)
+
+
+def _mask_above(nodes: Sequence[Node], passed: Passed, place: int) -> tuple[Tensor | None, str]:
+    """Outputs that elementwise layers right above leave known, and what must be found for that."""
     weight = None
     while True:
         users = [i for i, node in enumerate(nodes) if place + 1 in node.sources]
         rule: Rule | None = rule_of(nodes[users[0]].module) if len(users) == 1 else None
-        if rule is None or not rule.elementwise:
-            return weight
-        place = users[0]
-        known = rule.undo(passed.values[place + 1], nodes[place].name, 1e-16).known
+        if rule is None or not (rule.elementwise or rule.pools):
+            return weight, ""
+        below, place = place, users[0]
+        y = passed.values[place + 1]
+        if rule.pools:
+            known = _selected(rule, None, passed.values[below + 1], y)
+        else:
+            known = rule.undo(y, nodes[place].name, 1e-16).known.to(torch.float64)
         if not bool(known.all()):
-            weight = known.to(torch.float64) * (1.0 if weight is None else weight)
-
-
-# --- one system's rank ------------------------------------------------------------------------
-
-
-def _rank(system: LayerSystem, generator: torch.Generator | None) -> tuple[int, str, bool | None]:
-    """Rank, method and verdict, by the cheapest way that is certain."""
-    n = system.unknowns
-    rows = system.k.numel() + system.gradient_shape.numel()
-    writable = n <= INERTIA and n * rows <= ENTRIES
-    if n <= DENSE and writable:
-        rank = rank_of(system_matrix(system))
-        return rank, "svd", rank == n
-    rule = rule_of(system.module)
-    rule = rule if isinstance(rule, Affine) else Affine(system.module)
-    known = torch.ones_like(system.k) if system.row_mask is None else system.row_mask
-    bound, sure = rule.bounds(system.k, known != 0, system.input_shape)
-    if bound < n:
-        if writable:
-            return min(inertia_rank(system_matrix(system)), bound), "inertia", False
-        lawful = system.row_mask is None and isinstance(system.module, Conv)
-        return bound, "law" if lawful else "at most", False
-    if sure is not None:
-        return n, sure, True
-    shape = system.gradient_shape
-    positions = system.k.numel() // (shape[0] if len(shape) > 1 else system.k.shape[1])
-    price = 4 * n + 4 * shape.numel() * positions
-    cap = int(min(10_000 + 4 * math.isqrt(n), BUDGET / price))
-    found: tuple[int, str, bool | None] = min(bound, n), "undecided", None
-    if cap >= FEWEST:
-        A = ScaledSystem(system)
-        fast = A.to(torch.float32)
-        test = rank_test(A, cap=cap, generator=generator, fast=fast, spectrum=False)
-        found = _verdict(test, n, bound)
-    if not found[2] and writable:
-        rank = inertia_rank(system_matrix(system))
-        return rank, "inertia", rank == n
-    return found
-
-
-def _verdict(test: Solution, n: int, bound: int) -> tuple[int, str, bool | None]:
-    if test.undetermined == 0:
-        return n, "iterative", True
-    if test.converged:
-        return min(bound, n - 1, round(n * (1 - test.undetermined))), "estimate", False
-    return min(bound, n), "undecided", None
-
-
-def system_matrix(system: LayerSystem) -> Tensor:
-    """Scaled rows that the masks leave, ``(equations, unknowns)``."""
-    rows = system.to_dense(scaled=True)
-    return rows if system.row_mask is None else rows[rows.abs().amax(dim=1) > 0]
+            weight = known * (1.0 if weight is None else weight)
+        if rule.pools:
+            return weight, PLACES

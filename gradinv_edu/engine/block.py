@@ -257,7 +257,7 @@ def two_systems(
     Parameters
     ----------
     system, outputs, input_shape, noise, generator
-        As for :func:`solve`.
+        As for :func:`~gradinv_edu.segments.solve_block`.
 
     Returns
     -------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .. import fully_connected, optimization, recursion
+from .. import fully_connected, optimization, recursion, tokens
 from ..errors import (
     GradientInversionError,
     InvalidArgumentError,
@@ -24,6 +22,7 @@ from ..errors import (
 )
 from ..sharing import Loss, Update
 from . import attackers
+from .progress import Deadline, OutOfTime
 from .received import Answer, Received
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "attack",
     "client_app",
     "first_layer_ratio",
+    "read",
     "returned",
     "sent",
     "tensors",
@@ -195,11 +195,13 @@ class Limits:
     """What an attack may reach before it counts as a leak; reaching one of them is enough.
 
     ``psnr`` in decibels; ``ssim``, and ``relative`` of
-    :func:`gradinv_edu.federation.relative_leakage`, for data with height and width.
+    :func:`gradinv_edu.federation.relative_leakage`, for data with height and width; ``words``,
+    the share of a sentence's tokens that come back in their places, for text.
     """
 
     psnr: float = 15.0
     ssim: float = 0.3
+    words: float = 0.3
     relative: float | None = None
 
 
@@ -217,6 +219,7 @@ class Attempt:
     relative: float = 0.0
     leaks: bool = False
     outcome: str = "recovered"
+    words: float | None = None
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ class Report:
         rows = [f"client {self.client}, round {self.round}: {self.action} ({self.reason})"]
         for a in self.attempts:
             found = f"PSNR {min(a.psnr, 99):.0f} dB, SSIM {a.ssim:.2f}"
+            found = found if a.words is None else f"{100 * a.words:.0f} % of the words"
             rows.append(f"  {a.attack}: {found if a.outcome == 'recovered' else a.outcome}")
         return "\n".join([*rows, f"  architecture: {self.architecture}"])
 
@@ -315,23 +319,6 @@ def _matching(received: Received) -> Answer:
     return Answer(optimization.match_gradients(*given).inputs, False)
 
 
-class OutOfTime(Exception):
-    """The budget is spent."""
-
-
-class Deadline(TorchFunctionMode):
-    """Ends whatever computes with torch once ``time.monotonic()`` is past ``end``."""
-
-    def __init__(self, end: float) -> None:
-        super().__init__()
-        self.end = end
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.monotonic() > self.end:
-            raise OutOfTime
-        return func(*args, **(kwargs or {}))
-
-
 def attack(
     name: str, model: nn.Module, update: Update, shape: Shape, loss: nn.Module, end: float
 ) -> Tensor | str:
@@ -344,3 +331,21 @@ def attack(
         return str(error)
     except OutOfTime:
         return "out of time"
+
+
+def read(model: nn.Module, update: Update, ids: Tensor, limits: Limits, end: float) -> Attempt:
+    """Look for the client's own sentences, ``(N, T)``, in its update to a language model."""
+    try:
+        with Deadline(end):
+            found = tokens.recover_tokens(model, update).sequences
+    except GradientInversionError as error:
+        return Attempt("words", outcome=str(error), words=0.0)
+    except OutOfTime:
+        return Attempt("words", outcome="out of time", words=0.0)
+    shares = [
+        sum(int(a == b) for a, b in zip(true.tolist(), guess.tolist(), strict=False)) / len(true)
+        for true in ids
+        for guess in found
+    ]
+    share = max(shares, default=0.0)
+    return Attempt("words", words=share, leaks=share >= limits.words)

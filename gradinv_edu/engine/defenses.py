@@ -135,9 +135,7 @@ def narrow_first_layer(
     """
     convolutions = [layer for layer in network if isinstance(layer, nn.Conv2d)]
     if not convolutions or network[0] is not convolutions[0]:
-        raise DoesNotApplyError(
-            "A dense first layer tells every pixel, however few its units (chapter 9)."
-        )
+        raise DoesNotApplyError("A dense first layer tells every pixel, however few its units.")
     (first, second), head = convolutions[:2], network[-1]
     assert isinstance(head, nn.Linear)
     channels, size, _ = input_shape

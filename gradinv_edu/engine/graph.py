@@ -14,8 +14,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import InvalidTensorError, UnsupportedLayerError
 from .layers import RULES, Rule, rule_of
+from .layers.activations import Hardsigmoid
 from .layers.branches import OUT_OF_PLACE, Block, Call, Concatenation, Node, Product, Sum
-from .layers.reshaping import Reshape
+from .layers.resampling import LinearCall
+from .layers.reshaping import Permute, Reshape
 
 __all__ = ["OPERATIONS", "Step", "trace"]
 
@@ -57,8 +59,24 @@ class Step:
 # Operations with one tensor for an input that go by another name than the layer that they are.
 OPERATIONS: dict[str, Callable[..., nn.Module | None]] = {
     "dropout": lambda p=0.5, training=True: nn.Dropout(p).train(training),
-    "contiguous": lambda: nn.Identity(),
+    "contiguous": lambda *_, **__: nn.Identity(),
+    "clone": lambda *_, **__: nn.Identity(),
+    "clamp": lambda min=None, max=None: _clamp(min, max),
+    "clip": lambda min=None, max=None: _clamp(min, max),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: nn.Hardtanh(min_val, max_val),
+    "pixel_shuffle": nn.PixelShuffle,
+    "pixel_unshuffle": nn.PixelUnshuffle,
+    "channel_shuffle": nn.ChannelShuffle,
     "stochastic_depth": lambda p, mode, training=True: None if training else nn.Identity(),
+}
+IGNORED = {"inplace", "input", "_stacklevel", "dtype"}
+PERMUTES = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
+# linear where all but one of the arguments are constants; whether one is, a probe tells
+LINEAR = {
+    *("getitem", "narrow", "select", "index_select", "flip", "roll", "expand", "pad", "neg"),
+    *("mean", "sum", "add", "add_", "iadd", "sub", "sub_", "isub", "rsub", "mul", "mul_", "imul"),
+    *("div", "div_", "truediv", "itruediv", "cat", "concat", "stack", "einsum", "matmul"),
+    *("interpolate", "upsample", "_patch_merging_pad", "tile", "repeat", "repeat_interleave"),
 }
 RESHAPES = {"flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"}
 JOINS: dict[str, Callable[..., nn.Module]] = {
@@ -66,6 +84,12 @@ JOINS: dict[str, Callable[..., nn.Module]] = {
     **dict.fromkeys(("mul", "mul_", "imul"), lambda *_, **__: Product()),
     **dict.fromkeys(("cat", "concat"), lambda _, dim=0: Concatenation(dim)),
 }
+
+
+def _clamp(low: float | None, high: float | None) -> nn.Module | None:
+    if high is None:
+        return nn.ReLU() if low == 0 else None
+    return None if low is None else nn.Hardtanh(low, high)
 
 
 def trace(model: nn.Module, input_shape: Sequence[int]) -> list[Step]:
@@ -113,7 +137,8 @@ def _graph(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
     except Exception as error:  # a forward pass may raise anything on what stands for a tensor
         raise UnsupportedLayerError(
             f"torch.fx cannot trace the forward pass of {type(model).__name__}: {error}. "
-            "Write it without control flow on data, or as nn.Sequential."
+            "Write it without control flow on data (no if, while or len() on a tensor's values), "
+            "or as nn.Sequential."
         ) from error
 
 
@@ -177,10 +202,15 @@ class _Reader:
     def end(self, output: Any) -> None:
         """Note what the model gives."""
         if not isinstance(output, _Edge):
+            several = isinstance(output, dict | list | tuple | _Parts)
             kind = "constant" if isinstance(output, Tensor) else type(output).__name__
+            kind = ("dict" if isinstance(output, dict) else "tuple") if several else kind
+            aux = getattr(self.model, "aux_logits", False)
             raise UnsupportedLayerError(
                 f"{type(self.model).__name__} gives a {kind}; one tensor that depends on the "
                 "input is handled."
+                + (" Wrap it so that its forward pass returns one of them." if several else "")
+                + (" Call .eval(), or build it with aux_logits=False." if aux and several else "")
             )
         self.output = output.place
 
@@ -203,7 +233,19 @@ class _Reader:
             return _Parts(edges, apply)
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value  # a size, a comparison: the same for every input of this shape
+        norm = self.scopes.get(node.name, ("", None))
+        if name == "layer_norm" and len(edges) == 1 and (own := self._layer_norm(norm[0])):
+            return self.layer(norm[0], own, edges)
         return self.layer(place, _as_layer(name, args, kwargs, edges, value, apply), edges)
+
+    def _layer_norm(self, path: str) -> nn.Module | None:
+        """The layer itself where a module descends from it and calls its function."""
+        module = self.model.get_submodule(path)
+        if not isinstance(module, nn.LayerNorm):
+            return None
+        plain = nn.LayerNorm(module.normalized_shape, module.eps, module.elementwise_affine)
+        plain.weight, plain.bias = module.weight, module.bias
+        return plain.train(module.training)
 
     def _place(self, node: fx.Node) -> str:
         """An operation's name, after the part of the model that does it."""
@@ -229,6 +271,8 @@ class _Reader:
                     "gradient is the sum of both uses, which cannot be taken apart."
                 )
             self.owners[id(module)] = name
+        if type(module) is nn.Hardsigmoid:
+            module = Hardsigmoid()
         inputs = [edge.value for edge in edges]
         with torch.no_grad(), _context(name or type(module).__name__, inputs):
             one = len(inputs) == 1
@@ -338,12 +382,40 @@ def _as_layer(
         raise UnsupportedLayerError(
             f"{name} must keep the batch dimension: use flatten(x, 1) or view(len(x), -1)."
         )
+    if len(edges) == 1 and name in PERMUTES:
+        return _permutation(name, before, function)
     make = OPERATIONS.get(name) or function_layers().get(name.replace("_", ""))
-    options = {k: v for k, v in kwargs.items() if k not in ("inplace", "input")}
+    options = {k: v for k, v in kwargs.items() if k not in IGNORED}
     plain = not any(isinstance(a, Tensor) for a in (*args[1:], *options.values()))
     if len(edges) == 1 and make is not None and plain:
         return make(*args[1:], **options) or Call(name, function)
-    return Call(name, function)
+    linear = len(edges) == 1 and name in LINEAR and value.dim() > 1 and len(value) == len(before)
+    return (
+        LinearCall(name, function) if linear and _linear(before, function) else Call(name, function)
+    )
+
+
+def _permutation(name: str, before: Tensor, function: Callable[..., Any]) -> nn.Module:
+    """Read off the strides of a tensor whose sizes, one apart, give each another."""
+    strides = before.new_empty([2] * before.dim()).stride()
+    order = [strides.index(s) for s in function(before.new_empty([2] * before.dim())).stride()]
+    if order[0] != 0:
+        raise UnsupportedLayerError(f"{name} must keep the batch dimension where it is: the first.")
+    return Permute(*order)
+
+
+def _linear(before: Tensor, function: Callable[..., Any]) -> bool:
+    """Whether an operation is linear up to an offset, and does not mix samples, at a probe."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, *before.shape[1:])
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(before.device)
+    try:
+        zero, one, other = (function(t * x) for t in (0.0, 1.0, -2.0))
+        apart = torch.cat([function(x[:1]), function(x[1:])])
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False  # written for one sample
+    close = torch.allclose(other - zero, -2 * (one - zero), rtol=1e-9, atol=1e-9)
+    return close and apart.shape == one.shape and torch.allclose(apart, one, rtol=1e-9, atol=1e-9)
 
 
 @cache

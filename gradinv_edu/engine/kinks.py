@@ -12,12 +12,13 @@ from ..systems import LayerSystem
 from .layers import weight_names
 from .solve import Solution
 
-__all__ = ["misread", "settle"]
+__all__ = ["misread", "settle", "told_by_sums"]
 
 COSINE = 0.5  # of the best match: what chance alone does not reach
 ASIDE = 0.5  # of the best match, that another filter's must have to be turned along
 GAIN = 0.9  # of the residual: what a solution on the other sides must stay under
 ROUNDS = 20
+BLURRED = 100.0  # times the noise: a gap between sums that rounding does not make
 
 
 def misread(system: LayerSystem, inputs: Tensor, weight_gradient: Tensor, turn: Tensor) -> Tensor:
@@ -56,6 +57,49 @@ def misread(system: LayerSystem, inputs: Tensor, weight_gradient: Tensor, turn: 
     found = torch.zeros_like(cosine, dtype=torch.bool).flatten(1)
     found[near, best.indices[near]] = True
     return found.reshape(cosine.shape).transpose(0, 1)
+
+
+def told_by_sums(k: Tensor, turn: Tensor, sums: Tensor, noise: float) -> Tensor:
+    r""":math:`\sum_p k_f(p) + \sum_{j \in f} t_j = \partial L/\partial b_f`, filter by filter.
+
+    The gradient of a bias adds up ``k`` over the places of one filter: where it disagrees with the
+    ``k`` that was found, the gap is the turn of a unit that was misread, or of two.
+
+    Parameters
+    ----------
+    k, turn : Tensor
+        ``(1, filters, …)``, as for :func:`~gradinv_edu.segments.misread`.
+    sums : Tensor
+        ``Σ_p k``, ``(filters,)``, as it was sent.
+    noise : float
+        Of ``k``, relative to its largest entry.
+
+    Returns
+    -------
+    Tensor
+        Shaped as ``turn``, bool: units to be turned.
+
+    Notes
+    -----
+    Source: this project's.
+    """
+    found = torch.zeros_like(turn, dtype=torch.bool).flatten(2)[0]
+    gaps = sums - k.flatten(2)[0].sum(1)
+    least = BLURRED * noise * float(k.abs().max())
+    for f in (gaps.abs() > least).nonzero().flatten().tolist():
+        own = turn.flatten(2)[0, f]
+        doubtful = (own.abs() > least).nonzero().flatten()
+        alone = (own[doubtful] - gaps[f]).abs()
+        if len(doubtful) and float(alone.min()) <= least:
+            found[f, doubtful[alone.argmin()]] = True
+        elif len(doubtful) > 1:
+            pairs = (
+                (own[doubtful][:, None] + own[doubtful] - gaps[f]).abs().fill_diagonal_(torch.inf)
+            )
+            if float(pairs.min()) <= least:
+                one, other = divmod(int(pairs.argmin()), len(doubtful))
+                found[f, doubtful[one]] = found[f, doubtful[other]] = True
+    return found.reshape(turn.shape)
 
 
 def _cosines(system: LayerSystem, x: Tensor, g: Tensor, t: Tensor) -> Tensor:

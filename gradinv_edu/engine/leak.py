@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import UnsupportedLayerError
 from ..systems import LayerSystem, ScaledSystem
-from .auditing import Auditing, LayerAudit, system_matrix
+from .auditing import Auditing
+from .evidence import system_matrix
 from .jacobian import GAP, WholeGradient, forked_randomness
 from .krylov import cgls, squared_norm
 from .sample import Shape, begin, checked_shape, sample, seeded, usable
@@ -116,15 +118,18 @@ def _projected(A: Tensor, tolerance: float) -> Tensor:
 
 
 class _First(Auditing):
-    """Stops at the lowest layer that gives rows, and keeps its system."""
+    """Keeps the system of the lowest layer that gives rows."""
 
     system: LayerSystem | None = None
 
-    def _examined(
-        self, name: str, group: Group, state: State
-    ) -> tuple[LayerAudit, LayerSystem | None]:
+    def layer(self, group: Group, state: State, below: int) -> tuple[State, int]:
+        """Keep it: the one met last is the lowest."""
         self.system = LayerSystem(group.module, state.k, group.input_shape, state.weight)
-        return LayerAudit(name, group.kind, 0, 0, 0, 0, "closed form", True), None
+        return replace(state, weight=None), below
+
+    def refused(self, position: int, state: State) -> State:
+        """The layers above are taken as undone."""
+        return replace(state, weight=None)
 
 
 def _first_system(model: nn.Module, x: Tensor, generator: torch.Generator) -> LayerSystem:

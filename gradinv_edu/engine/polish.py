@@ -98,7 +98,9 @@ def gradient_of(
                 if step.name in kept:
                     y = y * kept[step.name]
                 else:
-                    own = {name: leaves[known] for name, known in step.parameters()}
+                    # a norm in train mode changes its running statistics: those of a copy
+                    held = {name: b.clone() for name, b in step.module.named_buffers()}
+                    own = held | {name: leaves[known] for name, known in step.parameters()}
                     y = functional_call(step.module, own, (y,))
             found = torch.autograd.grad(
                 loss(y, target),
@@ -134,7 +136,7 @@ def polish(
     ----------
     gradient_at : callable
         From an input to ``{name: gradient}``, float64, twice differentiable, as
-        :func:`gradient_of` makes it.
+        :func:`~gradinv_edu.engine.polish.gradient_of` makes it.
     inputs : Tensor
         Answer to begin from, such as the recursion's.
     gradients : mapping of str to Tensor

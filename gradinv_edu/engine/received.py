@@ -14,8 +14,19 @@ from .. import optimization, recursion
 from ..errors import DoesNotApplyError
 from ..sharing import Update
 from .defenses import Defense
+from .recovery import Recovering
+from .walk import State
 
-__all__ = ["Answer", "Received", "first_layer", "gradient_of", "match", "recover", "with_gradients"]
+__all__ = [
+    "Answer",
+    "FromAbove",
+    "Received",
+    "first_layer",
+    "gradient_of",
+    "match",
+    "recover",
+    "with_gradients",
+]
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,25 @@ def with_gradients(received: Received, gradients: dict[str, Tensor]) -> Received
     return replace(received, update=replace(received.update, gradients=gradients))
 
 
-def recover(received: Received, *, below: bool = False, batch_size: int = 1) -> Answer:
+class FromAbove(Recovering):
+    """The recursion as published: every layer from the one above, no convolution by itself."""
+
+    def blind(self, position: int) -> State | None:
+        """Begin nowhere below a dense layer."""
+        return None
+
+
+def recover(
+    received: Received,
+    *,
+    below: bool = False,
+    batch_size: int = 1,
+    walk: type[Recovering] = Recovering,
+) -> Answer:
     """The recursion; ``below``: where it begins, nothing above can contradict it."""
     found = recursion.recover(
         received.model, received.update, received.input_shape, received.loss,
-        batch_size=batch_size, generator=received.generator,
+        batch_size=batch_size, generator=received.generator, walk=walk,
     )  # fmt: skip
     if not below:
         return Answer(found.inputs, found.exact)

@@ -4,90 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..errors import InconsistentGradientError
+from ..errors import InconsistentGradientError, InvalidTensorError, UndeterminedScaleError
 from ..fully_connected import recover_input
 from ..systems import LayerSystem
-from . import block, kinks
+from . import blind, block, kinks, normalised, preimages, unpool
+from .edges import Edges, in_doubt, total
 from .graph import Step
+from .hidden import Hidden, bias_below, fitted, shifted, shifts, summed
 from .layers import pack, pull_back, weight_names
 from .layers.branches import Block
+from .layers.convolution import Conv
+from .layers.norms import Norm, RunningNorm
 from .low_rank import rank_one
+from .norm_system import NormSystem, Sent
 from .progress import bar
+from .reports import TOLERANCES, LayerReport, error_of
 from .solve import Solution
-from .walk import Group, State, Walk
+from .walk import Group, Stack, State, Walk, positive
 
-__all__ = ["TOLERANCES", "LayerReport", "Recovering", "closed_form"]
+__all__ = ["Recovering", "closed_form"]
 
-# what a gradient of this precision lets one ask for: (consistency, relative error of the input)
-TOLERANCES = {
-    torch.float64: (1e-7, 1e-6),
-    torch.float32: (1e-4, 1e-3),
-    torch.float16: (2e-2, 1e-1),
-    torch.bfloat16: (1e-1, 2e-1),
-}
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one layer's equations gave.
-
-    Attributes
-    ----------
-    name : str
-        Of the layer in the model; ``first+…+last`` where several are solved as one.
-    unknowns, equations : int
-        Entries of the layer's input, and equations left for them after masking.
-    solution : Solution
-        Residual, rank, singular values; ``x`` is the layer's input, of the lowest layer where
-        several are solved as one.
-    error : float
-        Estimated relative error of this input: residual over smallest singular value.
-    turned : int
-        Units above this layer that rounding had put on the wrong side of their kink, and that its
-        own gradient put right (:func:`gradinv_edu.engine.kinks.settle`).
-    """
-
-    name: str
-    unknowns: int
-    equations: int
-    solution: Solution = field(repr=False)
-    error: float
-    turned: int = 0
-
-    @property
-    def inputs(self) -> Tensor:
-        """What was found for the layer's input, ``(N, *input_shape)``, float64."""
-        return self.solution.x
-
-    @property
-    def residual(self) -> float:
-        """Relative norm of what the answer leaves unexplained."""
-        return self.solution.residual
-
-    @property
-    def full_rank(self) -> bool:
-        """Whether the equations determine the whole input."""
-        return self.solution.full_rank
-
-    @property
-    def undetermined(self) -> float:
-        """Share of the input space left open."""
-        return self.solution.undetermined
-
-    @property
-    def iterations(self) -> int:
-        """Applications of the system; 0 for a closed form or a dense solve."""
-        return self.solution.iterations
-
-    @property
-    def smallest_singular_value(self) -> float:
-        """Of the row-scaled system."""
-        return self.solution.smallest_singular_value
+ALTERNATIONS = 5  # of a block's solution with the sides of the units above it
 
 
 class Recovering(Walk):
@@ -128,6 +70,7 @@ class Recovering(Walk):
         self.consistent, self.accurate = TOLERANCES[dtype]
         self.reports: list[LayerReport] = []
         self.kept: dict[str, Tensor] = {}  # scaled masks of dropouts in train mode
+        self.buffers: Mapping[str, Tensor] = {}  # running statistics after the client's one step
 
     @property
     def full_rank(self) -> bool:
@@ -138,7 +81,8 @@ class Recovering(Walk):
     def determined(self) -> bool:
         """Whether every layer was determined, and consistent within the gradient's precision."""
         return self.full_rank and all(
-            r.residual <= self.consistent and r.error <= self.accurate for r in self.reports
+            r.residual <= self.consistent and r.error <= self.accurate and not r.unsettled
+            for r in self.reports
         )
 
     def gradient(self, step: Step, parameter: str) -> Tensor | None:
@@ -159,10 +103,10 @@ class Recovering(Walk):
         """As every walk, with an eye on units near a kink and on the masks of dropouts."""
         turn = None
         if state.turn is None:  # of two kinks in a row, neither is settled
-            turn = step.rule.turn(state.value, state.k)
+            turn = step.rule.turn(state.value, state.k, state.noise)
         if turn is not None:
             reach = max(state.error, 10 * state.noise) * state.value.square().mean().sqrt()
-            turn = turn * (state.value.abs() <= reach)
+            turn = turn * in_doubt(step.rule, state.value, state.noise, float(reach))
         if not self.full_rank:  # a least-norm answer may lie outside the range
             state = replace(state, value=step.rule.clamp(state.value))
         if step.rule.random:
@@ -179,6 +123,12 @@ class Recovering(Walk):
             if solved is not None:
                 return solved, below
         module, gradient = group.module, self._packed(group)
+        doubt, unsettled = state.doubt, 0
+        if doubt is not None:
+            sides, unsettled = preimages.settle(
+                module, group.input_shape, gradient, doubt, self.generator
+            )
+            state = state.chosen(sides)
         weighted = bool(weight_names(module))
 
         def solve(k: Tensor) -> tuple[LayerSystem, Solution]:
@@ -195,18 +145,41 @@ class Recovering(Walk):
             return system, solution
 
         (system, solution), turned = solve(state.k), 0
+        for _ in range(3 if doubt is not None and solution.full_rank else 0):
+            assert doubt is not None
+            with torch.no_grad():
+                nearer = doubt.choose(doubt.nearer(module(solution.x)))
+            if torch.equal(nearer.value, state.value):
+                break
+            state = state.chosen(nearer)
+            system, solution = solve(state.k)
         if state.turn is not None and gradient is not None and solution.full_rank:
             system, solution, turned = self.settle(system, solution, gradient, state.turn, solve)
-        error = _error(solution, system, state.error)
+        error = error_of(solution, system, state.error)
         k = pull_back(module, system.k, solution.x)
         found = State(solution.x, None, k, max(3 * solution.residual, self.eps), error)
         if not solution.full_rank:
             borrowed = self._borrow(group, state, system, solution, k, below, gradient)
             if borrowed is not None:
+                if doubt is not None:  # fitted by what is to prove them
+                    unproven = int(doubt.units.sum())
+                    self.reports[-1] = replace(self.reports[-1], unsettled=unproven)
                 return borrowed
-        report = LayerReport(group.name, system.unknowns, system.equations, solution, error, turned)
+        if doubt is not None:
+            unsettled = self._unsettled(system, solution, doubt, unsettled)
+        counts = (system.unknowns, system.equations)
+        report = LayerReport(group.name, *counts, solution, error, turned, unsettled)
         self.reports.append(report)
         return found, below
+
+    def _unsettled(
+        self, system: LayerSystem, solution: Solution, doubt: preimages.Doubt, unsure: int
+    ) -> int:
+        """Units whose side the layer's equations do not prove."""
+        if not solution.full_rank or solution.residual > self.consistent:
+            return int(doubt.units.sum())
+        proven = preimages.confirmed(system, doubt.units, self.generator)
+        return max(unsure, int((doubt.units & ~proven).sum()))
 
     def settle(
         self,
@@ -264,11 +237,13 @@ class Recovering(Walk):
     def branches(self, step: Step, state: State) -> State:
         """Solve a block of branches as one."""
         assert isinstance(step.module, Block)
+        if state.doubt is not None:
+            return self._branches_in_doubt(step, state, state.doubt)
         names = step.parameters()
         sent = {own: self.gradients[known] for own, known in names if known in self.gradients}
         system = block.BlockSystem(step.module, state.k, sent, state.weight)
         with bar(step.name, self.progress) as progress:
-            solution = block.solve(
+            solution = self._unfolded(step, state, system) or block.solve(
                 system,
                 state.value,
                 step.input_shape,
@@ -280,8 +255,202 @@ class Recovering(Walk):
         error = max(solution.residual, self.eps) * spread
         equations = system.weight_equations + system.gradient_equations
         self.reports.append(LayerReport(step.name, solution.x.numel(), equations, solution, error))
-        k = pull_back(step.module, state.k, solution.x)
+        k = pull_back(step.module, system.k, solution.x)
         return State(solution.x, None, k, max(3 * solution.residual, self.eps), error)
+
+    def _unfolded(self, step: Step, state: State, system: block.BlockSystem) -> Solution | None:
+        """A block's input layer by layer, where their own gradients are enough."""
+        if self.batch_size > 1:
+            return None
+        below = positive(self.steps, self.steps.index(step))
+        edges = Edges(system.block, system.gradients, step.input_shape, state.noise, below)
+        try:
+            if not edges.settle(state.k, state.value, state.weight, state.turn):
+                return None
+        except InconsistentGradientError:
+            return None
+        assert edges.values[0] is not None and edges.ks[-1] is not None
+        solution, system.k = edges.solution, edges.ks[-1]
+        residual = system.residual(edges.values[0], state.value)
+        return replace(solution, residual=residual) if residual <= self.consistent else None
+
+    def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
+        """Find the places of the maxima together with the input."""
+        gradient = self.gradient(stack.conv, "weight")
+        if gradient is None:
+            raise InvalidTensorError(
+                f"The update lacks {stack.conv.name}.weight, whose gradient tells where the maxima "
+                f"of {stack.steps[-1].name} were."
+            )
+        first = stack.steps[0]
+        with bar(stack.name, self.progress) as progress:
+            found = unpool.solve(
+                stack.affine,
+                stack.steps[-1].module,
+                state.value,
+                state.k,
+                gradient,
+                first.input_shape,
+                activation=stack.activation,
+                below=stack.below,
+                noise=max(self.eps, state.noise / 10),
+                weight=state.weight,
+                sums=self.gradient(stack.biased, "bias"),
+                generator=self.generator,
+                progress=progress,
+            )
+        solution, x = found.solution, found.solution.x
+        error = max(solution.residual, self.eps) * solution.condition
+        self.reports.append(LayerReport(stack.name, x.numel(), found.equations, solution, error))
+        k = found.k
+        if stack.below is not None:
+            with torch.no_grad():
+                inner = stack.below(x)
+            k = pull_back(stack.affine, k, inner.clamp_min(0)) * (inner > 0)
+        k = pull_back(stack.below or stack.affine, k, x)
+        return State(x, None, k, max(3 * solution.residual, self.eps), error), below
+
+    # --- a convolution that needs nothing from above ------------------------------------------
+
+    def blind(self, position: int) -> State | None:
+        """Begin at a convolution, or a block with one inside, by its own gradient alone."""
+        step = self.steps[position]
+        if self.batch_size > 1:
+            return None
+        if isinstance(step.module, Block):
+            return self._blind_block(step)
+        conv, G = step.module, self.gradient(step, "weight")
+        if G is None or not isinstance(conv, Conv) or not blind.possible(conv, step.input_shape):
+            return None
+        bias = self.gradient(step, "bias")
+        if bias is None and position + 1 < len(self.steps):
+            norm = self.steps[position + 1]
+            bias = total(None, norm.rule, self.gradient(norm, "bias"))
+        if bias is None:
+            return None
+        seen = blind.solve(conv, G, bias, step.input_shape, noise=self.eps)
+        if seen is None:
+            return None
+        k = pull_back(conv, seen.k, seen.solution.x)
+        return self._begun(step.name, G.numel(), seen.solution, k)
+
+    def _blind_block(self, step: Step) -> State | None:
+        assert isinstance(step.module, Block)
+        sent = {own: self.gradients[n] for own, n in step.parameters() if n in self.gradients}
+        if not sent or step.rule.refusal is not None:
+            return None
+        below = positive(self.steps, self.steps.index(step))
+        edges = Edges(step.module, sent, step.input_shape, self.eps, below)
+        try:
+            if not edges.settle():
+                return None
+        except InconsistentGradientError:
+            return None
+        assert edges.ks[0] is not None
+        equations = sum(found.equations for found in edges.found)
+        return self._begun(step.name, equations, edges.solution, edges.ks[0])
+
+    def _begun(self, name: str, equations: int, solution: Solution, k: Tensor) -> State | None:
+        error = max(solution.residual, self.eps) * solution.condition
+        if not error <= self.accurate:
+            return None
+        self.reports.append(LayerReport(name, solution.x.numel(), equations, solution, error))
+        return State(solution.x, None, k, max(3 * solution.residual, self.eps), error)
+
+    def _branches_in_doubt(self, step: Step, state: State, doubt: preimages.Doubt) -> State:
+        """Plain alternation; the fit is no proof, so that every unit is told as unsettled."""
+        side = torch.zeros_like(doubt.units)
+        for _ in range(ALTERNATIONS):
+            found = self.branches(step, state.chosen(doubt.choose(side)))
+            with torch.no_grad():
+                new = doubt.nearer(step.module(found.value))
+            if torch.equal(new, side):
+                break
+            side = new
+            self.reports.pop()
+        else:
+            found = self.branches(step, state.chosen(doubt.choose(side)))
+        self.reports[-1] = replace(self.reports[-1], unsettled=int(doubt.units.sum()))
+        return found
+
+    # --- norms of their own statistics --------------------------------------------------------
+
+    def normalised(self, position: int, state: State) -> tuple[State, int]:
+        """Solve a norm and the affine layer below it as one."""
+        step = self.steps[position]
+        rule = step.rule
+        assert isinstance(rule, Norm)
+        group = self.group_under(position, len(state.value))
+        if state.hidden is not None:
+            raise UndeterminedScaleError(
+                f"{state.hidden.norm} leaves what is below it up to a factor, and {step.name} "
+                f"({rule.kind}) has no bias that tells it."
+            )
+        sent = None
+        names = [f"{step.name}.running_{part}" for part in ("mean", "var")]
+        if isinstance(rule, RunningNorm) and all(name in self.buffers for name in names):
+            count = state.value.numel() // state.value.shape[1]
+            sent = Sent(*rule.statistics((self.buffers[names[0]], self.buffers[names[1]]), count))
+        system = NormSystem(
+            group.module,
+            rule,
+            state.value,
+            state.k,
+            group.input_shape,
+            self._packed(group),
+            state.weight,
+            sent=sent,
+        )
+        name = f"{group.name}+{step.name}"
+        with bar(name, self.progress) as progress:
+            found = normalised.solve(
+                system, noise=self.eps, generator=self.generator, progress=progress
+            )
+        error = error_of(found.solution, system, state.error)
+        self.reports.append(
+            LayerReport(name, found.unknowns, found.equations, found.solution, error)
+        )
+        noise = max(3 * found.solution.residual, self.eps)
+        hidden = None if found.scaled else Hidden(step.name, found.factor, found.unseen)
+        below = State(found.inputs, None, found.k, noise, error, hidden=hidden)
+        return below, position - 1 - len(group.steps)
+
+    def reveal(self, state: State, below: int) -> State:
+        """Factor by the gradient of the next bias, constants by what stands between."""
+        hidden, x = state.hidden, state.value
+        assert hidden is not None
+        index = bias_below(self.steps, below, hidden)
+        by = None
+        if hidden.unseen is not None and below >= 0:
+            by = shifts(self.steps, below, x, hidden.unseen, state.noise)
+            if by is None:  # the layers below are solved as if they were zero
+                last, open_ = self.reports[-1], int(hidden.unseen.max()) + 1
+                solution = replace(last.solution, undetermined=open_ / last.unknowns)
+                self.reports[-1] = replace(last, solution=solution)
+        if index is None:
+            return state
+        sent = self.gradient(self.steps[index], "bias")
+        if sent is None or not bool(sent.any()):
+            raise UndeterminedScaleError(
+                f"{hidden.norm} leaves what is below it up to a factor, which the bias gradient of "
+                f"{self.steps[index].name} would tell; it was not sent, or is zero."
+            )
+        between = self.steps[index + 1 : below + 1]
+        curved = any(s.rule.elementwise and not s.rule.homogeneous for s in between)
+
+        def placed(s: Tensor) -> Tensor:
+            if by is None or hidden.unseen is None:
+                return x
+            return shifted(x, hidden.unseen, by(s))
+
+        def predicted(s: Tensor) -> Tensor:
+            value, k = hidden.times(placed(s), s), hidden.times(state.k, 1 / s)
+            return summed(self.steps, below, index, value, k, state.noise)
+
+        found, spread = fitted(predicted, sent.reshape(-1), hidden, curved or by is not None)
+        value, k = hidden.times(placed(found), found), hidden.times(state.k, 1 / found)
+        noise, error = max(state.noise, spread), max(state.error, spread)
+        return replace(state, value=value, k=k, noise=noise, error=error, hidden=None)
 
     # --- dense layers -------------------------------------------------------------------------
 
@@ -293,6 +462,16 @@ class Recovering(Walk):
             return None
         if len(state.k) == 1 and b is not None and bool(b.any()):
             x, k, residual, error = closed_form(G, b, self.eps)
+        elif state.doubt is not None:
+            sure = torch.where(state.doubt.units, 0.0, state.k)
+            if len(sure) > 1 or not bool(sure.any()):
+                return None
+            x = sure @ G / sure.square().sum()  # rows of G whose k is known
+            k = x @ G.T / x.square().sum()
+            residual = float((G - k.T @ x).norm()) / max(float(G.norm()), 1e-300)
+            error = max(residual, state.error, self.eps) * float(
+                G.norm() / (sure.norm() * x.norm())
+            )
         else:
             values = torch.linalg.svdvals(state.k)
             if len(values) < len(state.k) or not float(values[-1]) > 1e-9 * float(values[0]):
@@ -302,7 +481,10 @@ class Recovering(Walk):
             residual = float((G - k.T @ x).norm()) / max(float(G.norm()), 1e-300)
             error = max(residual, state.error, self.eps) * float(values[0] / values[-1])
         with torch.no_grad():
-            gap = step.module(x) - state.value
+            z = step.module(x)
+            if state.doubt is not None:
+                state = state.chosen(state.doubt.choose(state.doubt.nearer(z)))
+            gap = z - state.value
         weight = torch.ones_like(gap) if state.weight is None else state.weight
         off = float((weight * gap).norm() / (weight * state.value).norm().clamp_min(1e-300))
         return self.begin(step, x, k, max(residual, off), max(error, residual, off), error)
@@ -334,12 +516,3 @@ def closed_form(G: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, float
     spread = max(residual, eps) * math.hypot(float(G.norm()), float(b.norm()))
     error = spread / float(k.norm() * x.norm() + 1e-300)
     return x.unsqueeze(0), k.unsqueeze(0), residual, error
-
-
-def _error(solution: Solution, system: LayerSystem, above: float) -> float:
-    """Worst-case relative error: what is unexplained, over the smallest singular value."""
-    spare = max(system.equations - system.unknowns, 0) / max(system.equations, 1)
-    noise = solution.residual / math.sqrt(spare) if spare > 0.05 else max(solution.residual, above)
-    if solution.smallest_singular_value <= 0:
-        return math.inf
-    return noise * solution.largest_singular_value / solution.smallest_singular_value

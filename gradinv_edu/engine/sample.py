@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
 from . import losses
-from .auditing import Auditing, Stop, sample_pass
+from .auditing import Auditing, sample_pass
 from .graph import trace
 from .solve import draw
+from .verdicts import Stop
 from .walk import Group, head_of, lowest_dense
 
 __all__ = ["begin", "checked_shape", "sample", "seeded", "usable"]
@@ -43,6 +44,10 @@ def begin(
             notes = [open_ if single else fixed]
     passed = sample_pass(steps, x.to(device), _output_gradient, generator)
     walk = kind(steps, passed, len(steps) - 1 if begins is None else begins, generator)
+    blind = next((place for place in range(walk.begins) if walk.starts_at(place)), None)
+    if blind is not None:  # whatever stands above
+        walk.begins = begins = blind
+        notes, stops = [], []
     walk.stops = stops
     return walk, None if begins is None else Group((steps[begins],)).name, notes
 

@@ -125,14 +125,16 @@ class Floor:
 
     def undo(self, a: Tensor) -> Tensor:
         """``z`` from ``a``, after moving ``a`` into the activations' range."""
-        shapes, z = [], self.weights.offset
+        inputs, z = [], self.weights.offset
         for rule in self.above:
-            shapes.append(z.shape)
+            inputs.append(z)
             z = rule.forward(z)
-        for rule, before in zip(reversed(self.above), reversed(shapes), strict=True):
+        a = a.reshape(z.shape)
+        for rule, before in zip(reversed(self.above), reversed(inputs), strict=True):
             if rule.elementwise:
                 a = rule.undo(rule.clamp(a), self.name, 1e-12).inputs
-            a = a.reshape(before)
+            else:
+                a = rule.pull(a, before)
         return a.reshape(self.weights.offset.shape)
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..errors import UnsupportedLayerError
+from ..errors import InconsistentGradientError, UnsupportedLayerError
 from ..systems import LayerSystem, ScaledSystem
-from . import segment
+from . import preimages, segment
 from .graph import Step
+from .hidden import Hidden
 from .krylov import Progress, Rows
-from .layers import Rule
+from .layers import Rule, Undone, pull_back, weight_names
 from .layers.branches import Branches
+from .layers.convolution import Convolution
+from .layers.norms import Norm
+from .norm_system import entries
 
-__all__ = ["Group", "State", "Walk", "head_of", "lowest_dense"]
+__all__ = ["Group", "Stack", "State", "Walk", "head_of", "lowest_dense", "positive"]
 
 
 @dataclass
@@ -38,6 +44,10 @@ class State:
         Worst-case relative error so far.
     turn : Tensor or None
         What ``k`` gains where a unit is on the other side of its kink and that is in doubt.
+    doubt : Doubt or None
+        Both sides of units of which two inputs give one output.
+    hidden : Hidden or None
+        What a norm above hides of the value, such as a factor.
     """
 
     value: Tensor
@@ -46,6 +56,19 @@ class State:
     noise: float
     error: float
     turn: Tensor | None = None
+    doubt: preimages.Doubt | None = None
+    hidden: Hidden | None = None
+
+    @property
+    def sides(self) -> preimages.Sides:
+        """What is known, with a weight for every entry."""
+        weight = torch.ones_like(self.value) if self.weight is None else self.weight
+        return preimages.Sides(self.value, self.k, weight)
+
+    def chosen(self, sides: preimages.Sides) -> State:
+        """Return the state once the sides of its units are settled."""
+        weight = None if bool((sides.weight == 1).all()) else sides.weight
+        return replace(self, value=sides.value, k=sides.k, weight=weight, doubt=None)
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,15 @@ class Group:
         """Of the first layer."""
         return self.steps[0].input_shape
 
+    def gradient(self, x: Tensor, k: Tensor) -> Tensor | None:
+        """``∂L/∂W`` at an input, where there is one weight alone."""
+        module = self.module
+        names = weight_names(module)
+        if len(names) != 1:
+            return None
+        weight = module.get_parameter(names[0]).detach()
+        return pull_back(lambda W: functional_call(module, {names[0]: W}, (x,)), k, weight)
+
     @classmethod
     def ending_at(cls, steps: Sequence[Step], position: int) -> Group:
         """A layer with a weight alone; a pool with everything down to the layer that feeds it."""
@@ -95,6 +127,99 @@ class Group:
                 break
             group.insert(0, below)
         return cls(tuple(group) if group[0].rule.weighted else (steps[position],))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Max pooling and the layers below it that are solved with it, lowest first.
+
+    Attributes
+    ----------
+    steps : tuple of Step
+        ``conv → activation → pool``, with batch norm in eval mode after the convolution, or not.
+    feeding : int
+        How many of these lie below the convolution that feeds the pooling: none, or another
+        convolution and its ReLU.
+    """
+
+    steps: tuple[Step, ...]
+    feeding: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the first and the last layer."""
+        return f"{self.steps[0].name}+…+{self.steps[-1].name}"
+
+    @property
+    def conv(self) -> Step:
+        """The convolution that feeds the pooling."""
+        return self.steps[self.feeding]
+
+    @property
+    def activation(self) -> nn.Module | None:
+        """Between the convolution and the pooling."""
+        above = self.steps[self.feeding + 1 : -1]
+        return next((s.module for s in above if not s.rule.affine), None)
+
+    @property
+    def affine(self) -> nn.Module:
+        """The convolution with its norm."""
+        return _joined([s for s in self.steps[self.feeding : -1] if s.rule.affine])
+
+    @property
+    def biased(self) -> Step:
+        """The layer whose bias is added last: the convolution, or its norm."""
+        return [s for s in self.steps[self.feeding : -1] if s.rule.affine][-1]
+
+    @property
+    def below(self) -> nn.Module | None:
+        """The convolution below, with its norm."""
+        under = [s for s in self.steps[: self.feeding] if s.rule.affine]
+        return _joined(under) if under else None
+
+    @classmethod
+    def under(cls, steps: Sequence[Step], position: int) -> Stack | None:
+        """What feeds the pooling at ``position``, and the layer below where that is too little.
+
+        None if it is fed by anything but a convolution.
+        """
+        first = _fed(steps, position)
+        if first is None:
+            return None
+        conv, stack = steps[first], tuple(steps[first : position + 1])
+        weights = sum(p.numel() for p in conv.module.parameters())
+        relu = first > 0 and isinstance(steps[first - 1].module, nn.ReLU)
+        if relu and weights < math.prod(conv.input_shape):
+            lower = _fed(steps, first)
+            if lower is not None:
+                return cls((*steps[lower:first], *stack), first - lower)
+        return cls(stack)
+
+
+def _joined(steps: Sequence[Step]) -> nn.Module:
+    return steps[0].module if len(steps) == 1 else nn.Sequential(*[s.module for s in steps])
+
+
+def _fed(steps: Sequence[Step], position: int) -> int | None:
+    """Position of the convolution that feeds a layer, through one activation and one norm."""
+    bent = False
+    for place in range(position - 1, -1, -1):
+        rule = steps[place].rule
+        if rule.random or rule.refusal is not None:
+            return None
+        if isinstance(rule, Convolution):
+            return place
+        if rule.elementwise and not rule.affine and not bent:
+            bent = True
+        elif not (rule.affine and rule.elementwise):
+            return None
+    return None
+
+
+def positive(steps: Sequence[Step], position: int) -> bool:
+    """Whether no entry of a step's input is negative: it comes from a ReLU."""
+    below = reversed(steps[:position])
+    return isinstance(next((s.module for s in below if not s.rule.pools), None), nn.ReLU)
 
 
 def lowest_dense(steps: Sequence[Step], biased: Sequence[str]) -> int | None:
@@ -158,9 +283,17 @@ class Walk(ABC):
                 state = self.undo(step, state)
             elif isinstance(rule, Branches):
                 state = self.branches(step, state)
+            elif rule.pools and (stack := Stack.under(self.steps, position)) is not None:
+                state, below = self.pool(stack, state, position - len(stack.steps))
+            elif rule.pools:
+                state = self.refused(position, state)
+            elif isinstance(rule, Norm):
+                state, below = self.normalised(position, state)
             else:
                 group = Group.ending_at(self.steps, position)
                 state, below = self.layer(group, state, position - len(group.steps))
+            if state.hidden is not None:
+                state = self.reveal(state, below)
             state = self.arrive(state, below)
             position = below
         return state
@@ -172,6 +305,35 @@ class Walk(ABC):
     @abstractmethod
     def branches(self, step: Step, state: State) -> State:
         """Take a block of branches."""
+
+    @abstractmethod
+    def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
+        """Take max pooling with what feeds it; state at its input, and the position below."""
+
+    @abstractmethod
+    def normalised(self, position: int, state: State) -> tuple[State, int]:
+        """Take a norm of its own statistics with the affine layer below it."""
+
+    @abstractmethod
+    def reveal(self, state: State, below: int) -> State:
+        """Find what a norm above hides, where a bias or an activation below tells it."""
+
+    def group_under(self, position: int, batch: int) -> Group:
+        """The affine layer that a norm is taken with.
+
+        UnsupportedLayerError where there is none, or one sample has no statistics of its own.
+        """
+        step = self.steps[position]
+        if position > 0 and isinstance(step.rule, Norm):
+            group = Group.ending_at(self.steps, position - 1)
+            own = entries(step.rule, (batch, *step.input_shape))
+            linear = all(s.rule.affine or s.rule.reshapes for s in group.steps)
+            if linear and group.steps[0].rule.affine and own > 1:
+                return group
+        raise UnsupportedLayerError(
+            f"{step.name} ({step.rule.kind}) cannot be inverted: {step.rule.reason}, and "
+            "no dense or convolutional layer right below it says what that was."
+        )
 
     def refused(self, position: int, state: State) -> State:
         """Meet a layer that cannot be inverted."""
@@ -189,7 +351,33 @@ class Walk(ABC):
         both = known * undone.known
         weight = None if bool((both == 1).all()) else both
         k = state.k * undone.slope * (known > 0)
-        return replace(state, value=undone.inputs, weight=weight, k=k)
+        found = replace(state, value=undone.inputs, weight=weight, k=k)
+        return replace(found, doubt=self._doubt(step, state, undone, found))
+
+    def _doubt(
+        self, step: Step, above: State, undone: Undone, found: State
+    ) -> preimages.Doubt | None:
+        """Both sides below a step: of the activation that has two, and carried on from it."""
+        if above.doubt is None:
+            if undone.other is None:
+                return None
+            known = above.sides.weight
+            units = (undone.other.slope != undone.slope) & (known > 0)
+            k = above.k * undone.other.slope * (known > 0)
+            other = preimages.Sides(undone.other.inputs, k, known * undone.other.known)
+            return preimages.Doubt(found.sides, other, units) if bool(units.any()) else None
+        if undone.other is not None:
+            raise UnsupportedLayerError(
+                f"{step.name} ({step.rule.kind}) cannot be inverted: it is followed by another "
+                "activation of which two inputs give one output, with no layer in between."
+            )
+        sides = above.doubt.other
+        try:
+            there = Walk.undo(self, step, above.chosen(sides))
+        except InconsistentGradientError:  # this side cannot be: some value far from the first
+            low = step.rule.clamp(sides.value)
+            there = Walk.undo(self, step, above.chosen(replace(sides, value=low)))
+        return preimages.Doubt(found.sides, there.sides, above.doubt.units)
 
     def together(
         self,
@@ -229,7 +417,7 @@ class Walk(ABC):
         while position >= 0 and (
             self.steps[position].rule.reshapes or self.steps[position].rule.elementwise
         ):
-            if self.steps[position].rule.random:
+            if self.steps[position].rule.random or self.steps[position].rule.reorders:
                 return None
             above.insert(0, self.steps[position].rule)
             position -= 1
@@ -242,9 +430,13 @@ class Walk(ABC):
 
 
 def _reshaped(state: State, step: Step) -> State:
-    def shaped(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.reshape(len(part), *step.input_shape)
+    """Give the entries their places in the layer's input: pulling back does it, ones and all."""
 
+    def shaped(part: Tensor) -> Tensor:
+        like = state.value.new_zeros(len(part), *step.input_shape)
+        return step.rule.pull(part.to(like), like).to(part.dtype)
+
+    weight, turn = (None if t is None else shaped(t) for t in (state.weight, state.turn))
     value, k = shaped(state.value), shaped(state.k)
-    assert value is not None and k is not None
-    return replace(state, value=value, k=k, weight=shaped(state.weight), turn=shaped(state.turn))
+    doubt = None if state.doubt is None else state.doubt.map(shaped)
+    return replace(state, value=value, k=k, weight=weight, turn=turn, doubt=doubt)

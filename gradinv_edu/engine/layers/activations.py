@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from ...errors import InconsistentGradientError
 from .base import Example, Rule, Undone, rule_for
 
-__all__ = ["INVERSES", "Clipped", "LeakyReLU", "OneToOne", "ReLU", "split_zeros"]
+__all__ = [
+    "INVERSES",
+    "Clipped",
+    "LeakyReLU",
+    "OneToOne",
+    "ReLU",
+    "Softmax",
+    "refuse_outside",
+    "split_zeros",
+]
 
 Inverse = Callable[[Any, Tensor], Tensor]
 SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
@@ -87,7 +96,7 @@ class OneToOne(Rule):
         if self.refusal is not None:
             raise self.refused(name)
         low, high = self.span
-        _refuse_outside(outputs, name, low, high, noise)
+        refuse_outside(outputs, name, low, high, noise)
         inside = (outputs > low) & (outputs < high)
         z = self.inverse(torch.where(inside, outputs, self.inside))
         known = inside & torch.isfinite(z)
@@ -113,7 +122,7 @@ class OneToOne(Rule):
 class LeakyReLU(OneToOne):
     """Two slopes: one-to-one, with a kink at zero."""
 
-    kinked = True
+    kinked = homogeneous = True
 
     @property
     def span(self) -> tuple[float, float]:
@@ -146,7 +155,7 @@ class LeakyReLU(OneToOne):
         """Every output has an input."""
         return outputs
 
-    def turn(self, outputs: Tensor, k: Tensor) -> Tensor | None:
+    def turn(self, outputs: Tensor, k: Tensor, noise: float) -> Tensor | None:
         r""":math:`(\sigma'_{\text{other side}} - \sigma')\, k`."""
         lower = self.lower(outputs)
         return torch.where(outputs > 0, lower - 1, 1 - lower) * k
@@ -164,11 +173,11 @@ class ReLU(Rule):
 
     has_function = True
     elementwise = True
-    kinked = True
+    kinked = homogeneous = True
 
     def undo(self, outputs: Tensor, name: str, noise: float) -> Undone:
         """Positive entries as they are, the others unknown with slope 0."""
-        _refuse_outside(outputs, name, 0.0, math.inf, noise)
+        refuse_outside(outputs, name, 0.0, math.inf, noise)
         known = ~(split_zeros(outputs, noise) | (outputs < 0))
         return Undone(torch.where(known, outputs, 0.0), known.to(outputs), known)
 
@@ -176,13 +185,30 @@ class ReLU(Rule):
         """No output is negative."""
         return outputs.clamp_min(0.0)
 
+    def turn(self, outputs: Tensor, k: Tensor, noise: float) -> Tensor | None:
+        """``k`` where a unit read as off is on after all, ``−k`` the other way."""
+        known = self.undo(self.clamp(outputs), "", noise).known
+        return torch.where(known, -k, k)
+
     @classmethod
     def examples(cls) -> Iterator[Example]:
         """The one there is."""
         yield nn.ReLU(), (4, 5)
 
 
-@rule_for(nn.Hardtanh, nn.ReLU6)
+class Hardsigmoid(nn.Hardsigmoid):
+    """torch's own, which it cannot differentiate twice, with the slope that it takes for 1/6."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``clamp(x, −3, 3)/6 + 1/2``."""
+        with torch.enable_grad():
+            middle = torch.zeros(1, dtype=x.dtype, device=x.device, requires_grad=True)
+            (slope,) = torch.autograd.grad(nn.functional.hardsigmoid(middle), middle)
+        inner = nn.functional.hardtanh(x, -3.0, 3.0)
+        return nn.functional.hardsigmoid(x.detach()) + slope * (inner - inner.detach())
+
+
+@rule_for(nn.Hardtanh, nn.ReLU6, nn.Hardsigmoid)
 class Clipped(Rule):
     """Between its ends a unit is known; at an end it tells nothing, and its row is masked."""
 
@@ -191,12 +217,19 @@ class Clipped(Rule):
     kinked = True
 
     def undo(self, outputs: Tensor, name: str, noise: float) -> Undone:
-        """Entries inside as they are, the others unknown with slope 0."""
-        low, high = self._ends
-        _refuse_outside(outputs, name, low, high, noise)
+        """Entries inside as they are, or on their line; the others unknown with slope 0."""
+        (low, high), (steepness, offset) = self._ends, self._line
+        refuse_outside(outputs, name, low, high, noise)
         at_end = split_zeros(outputs - low, noise) | split_zeros(high - outputs, noise)
         known = ~at_end & (outputs > low) & (outputs < high)
-        return Undone(torch.where(known, outputs, 0.0), known.to(outputs), known)
+        z = torch.where(known, (outputs - offset) / steepness, 0.0)
+        # torch's own slope of a hard sigmoid is 1/6 in float32, as the client's is
+        return Undone(z, self.pull(known.to(outputs), z), known)
+
+    @property
+    def inside(self) -> float:
+        """The middle."""
+        return sum(self._ends) / 2
 
     def clamp(self, outputs: Tensor) -> Tensor:
         """No output lies beyond an end."""
@@ -204,17 +237,33 @@ class Clipped(Rule):
 
     @property
     def _ends(self) -> tuple[float, float]:
+        if isinstance(self.module, nn.Hardsigmoid):
+            return 0.0, 1.0
         module = cast(nn.Hardtanh, self.module)
         return float(module.min_val), float(module.max_val)
+
+    @property
+    def _line(self) -> tuple[float, float]:
+        return (1 / 6, 0.5) if isinstance(self.module, nn.Hardsigmoid) else (1.0, 0.0)
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
         """Both ends near, and as MobileNets use it."""
         yield nn.Hardtanh(-0.5, 0.8), (4, 5)
         yield nn.ReLU6(), (7,)
+        yield nn.Hardsigmoid(), (7,)
 
 
-def _refuse_outside(outputs: Tensor, name: str, low: float, high: float, noise: float) -> None:
+@rule_for(nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d)
+class Softmax(Rule):
+    """A softmax inside the network."""
+
+    has_function = True
+    reason: ClassVar[str] = "it forgets what is added to all of its inputs alike"
+
+
+def refuse_outside(outputs: Tensor, name: str, low: float, high: float, noise: float) -> None:
+    """Refuse outputs that the layer cannot have given."""
     outside = float(torch.clamp(torch.maximum(low - outputs, outputs - high), min=0).max())
     if outside > max(1e3 * noise, 1e-9) * float(outputs.abs().max()):
         raise InconsistentGradientError(

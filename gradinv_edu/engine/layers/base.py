@@ -44,11 +44,14 @@ class Undone:
         ``σ'(z)``; where ``z`` is unknown, the slope that the layer certainly had there (0).
     known : Tensor
         Bool: where ``z`` is determined by the output.
+    other : Undone, optional
+        The same with the other ``z`` wherever two of them give one output.
     """
 
     inputs: Tensor
     slope: Tensor
     known: Tensor
+    other: Undone | None = None
 
 
 class Rule:
@@ -69,7 +72,11 @@ class Rule:
     weighted: bool = False  # affine, with a weight whose gradient holds the input
     elementwise: bool = False  # undone entry by entry
     reshapes: bool = False  # names the entries anew
+    reorders: bool = False  # and changes their order
+    pools: bool = False  # keeps the largest entry of each window, solved with the layer below
+    normalises: bool = False  # divides by statistics of its own input: taken with the layer below
     kinked: bool = False  # has a slope that jumps
+    homogeneous: bool = False  # σ(c z) = c σ(z) for c > 0
     has_function: bool = False  # torch has a function of its name, with the same arguments
     reason: ClassVar[str] = "it is not linear in its input and cannot be undone entry by entry"
 
@@ -84,7 +91,8 @@ class Rule:
     @property
     def refusal(self) -> str | None:
         """Why the layer cannot be inverted, or None where it can."""
-        return None if self.affine or self.elementwise or self.reshapes else self.reason
+        able = self.affine or self.elementwise or self.reshapes or self.pools
+        return None if able else self.reason
 
     @property
     def inside(self) -> float:
@@ -115,13 +123,14 @@ class Rule:
 
     def refused(self, name: str) -> UnsupportedLayerError:
         """Return the error that names the layer and says why it cannot be inverted."""
-        return UnsupportedLayerError(f"{name} ({self.kind}) cannot be inverted: {self.refusal}.")
+        why = self.refusal or self.reason
+        return UnsupportedLayerError(f"{name} ({self.kind}) cannot be inverted: {why}.")
 
     def clamp(self, outputs: Tensor) -> Tensor:
         """Move ``outputs`` into the part of the layer's range that can be undone safely."""
         return outputs
 
-    def turn(self, outputs: Tensor, k: Tensor) -> Tensor | None:
+    def turn(self, outputs: Tensor, k: Tensor, noise: float) -> Tensor | None:
         """What ``k`` below gains if each unit is on the other side of its kink, if it has one."""
         return None
 
@@ -183,6 +192,18 @@ class Affine(Rule):
         """Both sets of equations as a linear map, by the fastest calls that serve it."""
         return ModuleOperator(self.module, k, input_shape)
 
+    def most(self, known: Tensor, shape: tuple[int, ...]) -> int:
+        """Upper bound of the rows' rank, by counting alone: the rows, or the unknowns.
+
+        Parameters
+        ----------
+        known, shape
+            As for :meth:`bounds`.
+        """
+        weights = dict(self.module.named_parameters())
+        rows = sum(weights[name].numel() for name in weight_names(self.module))
+        return min(int(known.sum()) + rows, torch.Size(shape).numel())
+
     def bounds(self, k: Tensor, known: Tensor, shape: tuple[int, ...]) -> tuple[int, str | None]:
         """Upper bound of the rows' rank, and which rows determine all, "gradient" or "weight".
 
@@ -193,10 +214,7 @@ class Affine(Rule):
         shape : tuple of int
             Of one input.
         """
-        rows = int(known.sum())
-        weights = dict(self.module.named_parameters())
-        rows += sum(weights[name].numel() for name in weight_names(self.module))
-        return min(rows, torch.Size(shape).numel()), None
+        return self.most(known, shape), None
 
 
 class ModuleOperator:

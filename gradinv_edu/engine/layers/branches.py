@@ -175,7 +175,7 @@ class Branches(Rule):
         for node in cast(Block, self.module).nodes:
             rule = rule_of(node.module)
             inside = f"{node.name} ({rule.kind}) inside"
-            if rule.random:
+            if rule.random:  # norms that use one sample's own statistics can be computed again
                 return f"{inside} is in train mode, so that its equations are not known"
             if rule.kinked and rule.refusal is not None:
                 return f"{inside} cannot be followed: {rule.refusal}"

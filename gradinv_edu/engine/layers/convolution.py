@@ -18,7 +18,8 @@ __all__ = ["Conv", "Convolution", "ConvolutionOperator", "channel_blocks", "plac
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 KINDS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-LARGEST_BLOCK = 4096  # rows or pixels of a block of K whose rank is counted
+LARGEST_BLOCK = 2048  # rows or pixels of a block of K whose rank is counted
+FEW_ROWS = 4  # times as many pixels: the rows are counted
 ENTRIES = 3e7  # of such a block
 
 
@@ -57,8 +58,7 @@ class ConvolutionOperator:
     def matrix(self) -> Tensor:
         """Both sets of equations of one sample, ``(equations, unknowns)``.
 
-        Every input channel meets the same small matrix of gradient rows: the gradient of a layer
-        whose channels are the unit pictures.
+        Every input channel meets the same small matrix of gradient rows (:meth:`channel`).
         """
         stride, padding, dilation, groups = self.geometry
         none, (F, c, *kernel) = [0] * len(stride), self.weight.shape
@@ -72,18 +72,30 @@ class ConvolutionOperator:
             ).flatten(1)
             for part in torch.split(units, 256)
         ]
-        pictures = torch.eye(n, dtype=self.k.dtype, device=self.k.device).reshape(1, n, *spatial)
         K = self.k.new_zeros(F, c, math.prod(kernel), C, n)
         each = F // groups
         for g in range(groups):
             own = slice(g * each, (g + 1) * each)
-            rows = torch.ops.aten.convolution_backward(
-                *(self.k[:, own], pictures, self.k.new_zeros(each, n, *kernel), None),
-                *(stride, padding, dilation, False, none, 1, [False, True, False]),
-            )[1]
             for channel in range(c):
-                K[own, channel, :, g * c + channel] = rows.flatten(2).transpose(1, 2)
+                K[own, channel, :, g * c + channel] = self.channel(g)
         return torch.cat([torch.cat(parts).T, K.reshape(-1, C * n)])
+
+    def channel(self, group: int = 0) -> Tensor:
+        """Gradient rows that every input channel of a group meets, ``(filters, taps, pixels)``.
+
+        The gradient of a layer whose channels are the unit pictures.
+        """
+        stride, padding, dilation, groups = self.geometry
+        F, _, *kernel = self.weight.shape
+        spatial, each = self.template.shape[2:], F // groups
+        n = math.prod(spatial)
+        pictures = torch.eye(n, dtype=self.k.dtype, device=self.k.device).reshape(1, n, *spatial)
+        rows: Tensor = torch.ops.aten.convolution_backward(
+            *(self.k[:, group * each : (group + 1) * each], pictures),
+            *(self.k.new_zeros(each, n, *kernel), None, stride, padding, dilation, False),
+            *([0] * len(stride), 1, [False, True, False]),
+        )[1]
+        return rows.flatten(2).transpose(1, 2)
 
     def to(self, dtype: torch.dtype) -> ConvolutionOperator:
         """Return the same map in another precision."""
@@ -124,10 +136,41 @@ class Convolution(Affine):
         weight = cast(Conv, self.module).weight.detach().to(k.dtype)
         return ConvolutionOperator(weight, k, template, geometry)
 
+    def shifts(self, spatial: tuple[int, ...]) -> bool:
+        """Whether it keeps the picture's size, with taps that tell each place from the next."""
+        conv, geometry = cast(Conv, self.module), self.geometry
+        if geometry is None or geometry[3] != 1:
+            return False
+        sizes = zip(*geometry[:3], conv.kernel_size, spatial, strict=True)
+        return all(
+            stride == dilation == 1 and 2 * padding == taps - 1 and (taps > 1 or size == 1)
+            for stride, padding, dilation, taps, size in sizes
+        )
+
+    def most(self, known: Tensor, shape: tuple[int, ...]) -> int:
+        """Every channel meets the same gradient rows: filters times places of the kernel."""
+        conv = cast(Conv, self.module)
+        rows = conv.out_channels // conv.groups * math.prod(conv.kernel_size)
+        n = math.prod(shape)
+        return min(n, int(known.sum()) + shape[0] * min(rows, n // shape[0]))
+
+    def _tiles(self, shape: tuple[int, ...]) -> bool:
+        """Whether its patches cover the picture once, and enough filters see each."""
+        conv, geometry = cast(Conv, self.module), self.geometry
+        if geometry is None or any(geometry[1]):
+            return False
+        fits = zip(geometry[0], geometry[2], conv.kernel_size, shape[1:], strict=True)
+        if any(s != t or (d != 1 and t > 1) or size % s for s, d, t, size in fits):
+            return False
+        parts = conv.weight.detach().double().flatten(1).chunk(conv.groups)
+        return all(len(W) >= W.shape[1] == rank_of(W) for W in parts)
+
     def bounds(self, k: Tensor, known: Tensor, shape: tuple[int, ...]) -> tuple[int, str | None]:
         """Bound by the rank of ``K`` for each channel, known rows, and the rows that both hold."""
         conv = cast(Conv, self.module)
         index, pixels = places(conv, shape)
+        if bool(known.all()) and self._tiles(shape):
+            return math.prod(shape), "weight"
         seen, visible = int((torch.bincount(index[index > 0]) > 0).sum()), (index > 0).any(0)
         groups, channels = conv.groups, shape[0] // conv.groups
         ranks, sure = [], True
@@ -148,6 +191,7 @@ class Convolution(Affine):
         yield nn.Conv2d(2, 4, (2, 3), stride=(2, 1), groups=2, bias=False), (2, 6, 6)
         yield nn.Conv2d(1, 2, 3, dilation=2, padding=2, padding_mode="reflect"), (1, 6, 6)
         yield nn.Conv2d(2, 2, (2, 4), padding="same"), (2, 5, 6)
+        yield nn.Conv2d(2, 9, 2, stride=2), (2, 4, 6)
         yield nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 9)
         yield nn.Conv3d(1, 2, 2, padding=1), (1, 3, 4, 3)
 
@@ -194,12 +238,13 @@ def channel_blocks(
 ) -> Iterator[Tensor | tuple[int, int]]:
     """``K`` of one input channel, ``(filters · places, pixels)``, for each group.
 
-    Its shape alone where it is too large to be written out.
+    Its shape alone where it is too large to be written out, or its rank hardly in doubt.
     """
     filters = conv.out_channels // conv.groups
     rows = filters * len(index)
     for part in k.reshape(conv.groups, filters, -1):
-        if rows * pixels > ENTRIES or min(rows, pixels) > LARGEST_BLOCK:
+        large = rows * pixels > ENTRIES or min(rows, pixels) > LARGEST_BLOCK
+        if large or rows * FEW_ROWS <= pixels:  # so few rows hardly depend on each other
             yield rows, pixels
             continue
         block = part.new_zeros(filters, len(index), pixels + 1)
@@ -216,10 +261,15 @@ def shared_rows(k: Tensor, known: Tensor) -> int:
     k, known : Tensor
         ``(filters, positions)``.
     """
+    if len(k) == 1:  # a depthwise convolution has hundreds of groups of one
+        return int(bool(k.any()) and not bool(k[~known].any()))
     if bool(known.all()):
         return len(k) * rank_of(k)
-    total = 0
-    for rows in known:
-        usable = ~((k != 0) & ~rows).any(dim=1) & (k != 0).any(dim=1)
-        total += rank_of(k[usable]) if bool(usable.any()) else 0
-    return total
+    alive = (k != 0).any(dim=1)
+    meets = (k != 0).to(k.dtype) @ (~known).to(k.dtype).T  # k_f at unknown rows of f'
+    usable = (meets == 0).T & alive
+    counts = usable.sum(dim=1).tolist()
+    return sum(
+        rank_of(k[chosen]) if count > 1 else count
+        for chosen, count in zip(usable, counts, strict=True)
+    )

@@ -49,6 +49,11 @@ class Dense(Affine):
             return super().operator(k, input_shape)
         return LinearOperator(self.module.weight.detach().to(k.dtype), k)
 
+    def most(self, known: Tensor, shape: tuple[int, ...]) -> int:
+        """Every entry of a row meets the same gradient rows: as many as outputs."""
+        n, outputs = math.prod(shape), known.shape[-1]
+        return min(n, int(known.sum()) + shape[-1] * min(outputs, n // shape[-1]))
+
     def bounds(self, k: Tensor, known: Tensor, shape: tuple[int, ...]) -> tuple[int, str | None]:
         """As of a convolution whose kernel is one place: each row of the input is a position."""
         k, known = (part.reshape(-1, part.shape[-1]).T for part in (k, known))

@@ -18,7 +18,7 @@ __all__ = ["Dropout"]
 class Dropout(Rule):
     """``a = m ⊙ z / (1 − p)``: read off its zeros, whose rows are masked."""
 
-    elementwise = True
+    elementwise = homogeneous = True
 
     @property
     def rate(self) -> float:

@@ -1,4 +1,4 @@
-"""Average pooling, which is linear without a weight, and max pooling, which forgets."""
+"""Average pooling, which is linear without a weight, and max pooling, which forgets places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from .base import Affine, Example, Rule, rule_for
 
-__all__ = ["AveragePooling", "MaxPooling"]
+__all__ = ["AveragePooling", "MaxPooling", "RandomPooling"]
 
 
 @rule_for(
@@ -29,20 +29,29 @@ class AveragePooling(Affine):
     def examples(cls) -> Iterator[Example]:
         """With overlap and padding, and adaptive."""
         yield nn.AvgPool2d(2, stride=1, padding=1), (2, 4, 5)
-        yield nn.AdaptiveAvgPool2d((3, 2)), (2, 5, 6)
+        yield nn.AdaptiveAvgPool2d((3, 2)), (2, 5, 7)
+        yield nn.AdaptiveAvgPool2d((None, 1)), (1, 3, 4)
+        yield nn.AvgPool2d(3, stride=2, ceil_mode=True, count_include_pad=False), (1, 6, 5)
         yield nn.AvgPool1d(2), (3, 6)
 
 
-@rule_for(
-    *(getattr(nn, f"{kind}MaxPool{d}d") for kind in ("", "Adaptive") for d in (1, 2, 3)),
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
-)
+@rule_for(*(getattr(nn, f"{kind}MaxPool{d}d") for kind in ("", "Adaptive") for d in (1, 2, 3)))
 class MaxPooling(Rule):
-    """Maxima of windows."""
+    """Maxima of windows, whose places are found together with the input of the layer below."""
 
     has_function = True
     kinked = True
+    pools = True
     reason: ClassVar[str] = (
-        "it keeps one entry of each window and forgets which, and all the others"
+        "it keeps one entry of each window and forgets which; only right after a convolution, with "
+        "an increasing activation or batch norm in eval mode between, does that layer tell"
     )
+
+
+@rule_for(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+class RandomPooling(Rule):
+    """Maxima of windows that are drawn."""
+
+    kinked = True
+
+    reason: ClassVar[str] = "it draws its windows, and keeps one entry of each without saying which"

@@ -1,0 +1,500 @@
+"""A block's layers undone one after the other, each by its own gradient, on a graph of edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..systems import LayerSystem
+from . import blind, kinks
+from .layers import Rule, pack, rule_of, weight_names
+from .layers.activations import ReLU
+from .layers.branches import Block, Concatenation, Node, Product, Sum
+from .layers.convolution import Conv, Convolution
+from .solve import Solution
+
+__all__ = ["Edges", "Found", "in_doubt", "total"]
+
+Part = tuple[Tensor, Tensor]  # a value, and where it is known
+DOUBT = 30.0  # times the noise: a residual above it may come from a unit read on the wrong side
+FAINT = 1e-9  # of the largest singular value: below, patches do not tell their output gradients
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer whose input its own gradient gave.
+
+    Attributes
+    ----------
+    name : str
+        In the model.
+    equations : int
+        That were used.
+    solution : Solution
+        Of its input.
+    """
+
+    name: str
+    equations: int
+    solution: Solution
+
+
+class Edges:
+    r"""Values and gradients on the edges of a block, from what their neighbours hold.
+
+    An edge is a tensor of the forward pass. What is known at one moves on along the layers:
+    a value forward by the layer itself and back where the layer is one-to-one, a sum's or a
+    product's missing part by the others; a gradient ``∂L/∂(edge)`` down by the chain rule, up
+    where the layer is a scale for each entry; from a known output gradient to the layer's input
+    by the gradient constraints ``K x = ∂L/∂W``, from a known input to the output gradient by the
+    same equations read the other way; and from nothing at all where a convolution is
+    :func:`blind <gradinv_edu.networks.blind>`. No output of the block is needed.
+
+    Parameters
+    ----------
+    block : Block
+        Float64.
+    gradients : mapping of str to Tensor
+        ``∂L/∂θ`` by the parameter's name in the block.
+    input_shape : tuple of int
+        Of one sample.
+    noise : float
+        Of the gradients, relative.
+    positive : bool
+        Whether no entry of the block's input is negative.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        gradients: Mapping[str, Tensor],
+        input_shape: tuple[int, ...],
+        noise: float,
+        positive: bool = False,
+    ) -> None:
+        self.positive = positive
+        self.block, self.gradients, self.noise = block, gradients, noise
+        self.rules = [rule_of(layer) for layer in block.layers]
+        like = next(iter(gradients.values()))
+        with torch.no_grad():
+            zeros = block.values(like.new_zeros(1, *input_shape), torch.Generator().manual_seed(0))
+        self.shapes = [z.shape for z in zeros]
+        self.like = like
+        self.values: list[Tensor | None] = [None] * len(zeros)
+        self.ks: list[Tensor | None] = [None] * len(zeros)
+        self.users: list[list[tuple[int, int]]] = [[] for _ in zeros]
+        for place, node in enumerate(block.nodes):
+            for slot, source in enumerate(node.sources):
+                self.users[source].append((place, slot))
+        self.pulled: dict[tuple[int, int], Tensor] = {}
+        self.partial: dict[int, Part] = {}
+        self.turns: dict[int, Tensor] = {}
+        self.turned = 0
+        self.tried: set[tuple[int, str]] = set()
+        self.found: list[Found] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether both the block's input and its gradient were found."""
+        return self.values[0] is not None and self.ks[0] is not None
+
+    @property
+    def solution(self) -> Solution:
+        """Of the block's input: the least certain of the layers on the way, all determined."""
+        assert self.values[0] is not None
+        return Solution(
+            x=self.values[0],
+            residual=max((found.solution.residual for found in self.found), default=0.0),
+            iterations=0,
+            undetermined=0.0,
+            smallest_singular_value=min(
+                (1 / f.solution.condition for f in self.found), default=1.0
+            ),
+            largest_singular_value=1.0,
+        )
+
+    def settle(
+        self,
+        k: Tensor | None = None,
+        value: Tensor | None = None,
+        weight: Tensor | None = None,
+        turn: Tensor | None = None,
+    ) -> bool:
+        """Move what is known as far as it goes; whether the input is found, and its gradient.
+
+        Parameters
+        ----------
+        k : Tensor, optional
+            Gradient at the block's output; without it a convolution inside must be blind.
+        value, weight : Tensor, optional
+            Output of the block, and where it is known.
+        turn : Tensor, optional
+            What ``k`` gains where a unit above is on the other side of its kink, where in doubt.
+        """
+        self.ks[-1] = k
+        if value is not None:
+            self._know(len(self.values) - 1, value, None if weight is None else weight > 0)
+        if turn is not None:
+            self.turns[len(self.ks) - 1] = turn
+        while not self.whole:
+            if self._pass():
+                continue
+            if not (self._solve() or self._blind(lowest=k is None)):
+                return False
+        return True
+
+    def _know(self, edge: int, value: Tensor, known: Tensor | None) -> None:
+        """Note a value, or the part of it that is known."""
+        if self.values[edge] is not None or value.shape != self.shapes[edge]:
+            return
+        if known is None or bool(known.all()):
+            self.values[edge] = value
+        elif edge not in self.partial or int(known.sum()) > int(self.partial[edge][1].sum()):
+            self.partial[edge] = value, known
+
+    def _part(self, edge: int) -> Part | None:
+        """What is known of an edge's value."""
+        value = self.values[edge]
+        if value is None:
+            return self.partial.get(edge)
+        return value, torch.ones_like(value, dtype=torch.bool)
+
+    # --- what needs no equations --------------------------------------------------------------
+
+    def _pass(self) -> bool:
+        """One sweep up and down; whether anything new became known."""
+        before = self._known()
+        for place, node in enumerate(self.block.nodes):
+            self._forward(place, node)
+            self._rise(place, node)
+        for place in reversed(range(len(self.block.nodes))):
+            node = self.block.nodes[place]
+            self._back(place, node)
+            self._descend(place, node)
+        for edge, users in enumerate(self.users):
+            parts = [self.pulled[user] for user in users if user in self.pulled]
+            if self.ks[edge] is None and users and len(parts) == len(users):
+                self.ks[edge] = sum(parts[1:], parts[0])
+        return self._known() > before
+
+    def _known(self) -> int:
+        whole = sum(t is not None for t in (*self.values, *self.ks))
+        return whole + len(self.pulled) + len(self.partial)
+
+    def _sources(self, node: Node) -> list[Tensor] | None:
+        values = [self.values[source] for source in node.sources]
+        known = [value for value in values if value is not None]
+        return known if len(known) == len(values) else None
+
+    def _forward(self, place: int, node: Node) -> None:
+        """A layer applied to its inputs."""
+        sources = self._sources(node)
+        if self.values[place + 1] is None and sources is not None and not self.rules[place].random:
+            with torch.no_grad():
+                self.values[place + 1] = self.block.layers[place](*sources)
+
+    def _back(self, place: int, node: Node) -> None:
+        """Inputs that the output, and other inputs, leave no choice."""
+        part, module, rule = self._part(place + 1), self.block.layers[place], self.rules[place]
+        missing = [s for s in node.sources if self.values[s] is None]
+        if part is None or not missing:
+            return
+        value, known = part
+        if isinstance(module, Concatenation):
+            start = 0
+            for source in node.sources:
+                size = self.shapes[source][module.dim]
+                piece, where = (t.narrow(module.dim, start, size) for t in (value, known))
+                self._know(source, piece, where)
+                start += size
+        elif isinstance(module, Sum | Product) and len(missing) == 1 < len(node.sources):
+            (other,) = [v for s in node.sources if (v := self.values[s]) is not None]
+            if isinstance(module, Sum):
+                self._know(missing[0], value - other, known)
+            else:
+                alive = (other != 0).expand_as(value)
+                safe = torch.where(alive, other, torch.ones_like(other))
+                self._know(missing[0], value / safe, known & alive)
+        elif rule.reshapes:
+            shape = self.shapes[missing[0]]
+            self._know(missing[0], value.reshape(shape), known.reshape(shape))
+        elif rule.elementwise and not rule.random:
+            inside = torch.where(known, value, torch.full_like(value, rule.inside))
+            undone = rule.undo(inside, node.name, self.noise)
+            self._know(missing[0], undone.inputs, known & undone.known)
+
+    def _descend(self, place: int, node: Node) -> None:
+        """The chain rule."""
+        k, rule, module = self.ks[place + 1], self.rules[place], self.block.layers[place]
+        if k is None or all((place, slot) in self.pulled for slot in range(len(node.sources))):
+            return
+        sources = self._sources(node)
+        linear = rule.affine or rule.reshapes or isinstance(module, Sum | Concatenation)
+        if sources is None and linear and not rule.random:
+            sources = [self.like.new_zeros(self.shapes[source]) for source in node.sources]
+        turn = self.turns.get(place + 1)
+        if sources is not None and not rule.random:
+            for slot, part in enumerate(_pull(module, k, sources)):
+                self.pulled[place, slot] = part
+            if turn is not None and linear and (rule.elementwise or isinstance(module, Sum)):
+                self.turns |= dict(zip(node.sources, _pull(module, turn, sources), strict=True))
+        elif rule.elementwise and (value := self.values[place + 1]) is not None:
+            self.pulled[place, 0] = k * rule.undo(value, node.name, self.noise).slope
+            turn = rule.turn(value, k, self.noise)
+            if turn is not None:
+                reach = 10 * self.noise * float(value.square().mean().sqrt())
+                self.turns[node.sources[0]] = turn * in_doubt(rule, value, self.noise, reach)
+
+    def _rise(self, place: int, node: Node) -> None:
+        """The chain rule the other way, where an entry below has one entry above."""
+        if self.ks[place + 1] is not None:
+            return
+        rule, module = self.rules[place], self.block.layers[place]
+        alone = [s for s in node.sources if len(self.users[s]) == 1]
+        known = [k for s in alone if (k := self.ks[s]) is not None]
+        if not known:
+            return
+        k = known[0]
+        if isinstance(module, Sum):
+            if k.shape == self.shapes[place + 1]:
+                self.ks[place + 1] = k
+        elif rule.reshapes:
+            self.ks[place + 1] = k.reshape(self.shapes[place + 1])
+        elif rule.affine and rule.elementwise and not rule.random:
+            (gain,) = _pull(module, torch.ones_like(k), [torch.zeros_like(k)])
+            if bool((gain != 0).all()):
+                self.ks[place + 1] = k / gain
+
+    # --- what a layer's own gradient gives ----------------------------------------------------
+
+    def _solve(self) -> bool:
+        """One layer's input from its output gradient, or its output gradient from its input."""
+        for place in reversed(range(len(self.block.nodes))):
+            node, k, source = self.block.nodes[place], self.ks[place + 1], None
+            G = self._gradient(place)
+            if G is None or len(node.sources) != 1:
+                continue
+            (source,) = node.sources
+            x = self.values[source]
+            if x is None and k is not None and self._first(place, "input"):
+                self.values[source] = self._input(place, node, k, G)
+                if self.values[source] is not None:
+                    return True
+            if x is not None and k is None and self._first(place, "gradient"):
+                self.ks[place + 1] = _output_gradient(self.rules[place], x, G, self.noise)
+                if self.ks[place + 1] is not None:
+                    return True
+        return False
+
+    def _first(self, place: int, what: str) -> bool:
+        """Whether this has not been tried; what fails once fails again."""
+        new = (place, what) not in self.tried
+        self.tried.add((place, what))
+        return new
+
+    def _gradient(self, place: int) -> Tensor | None:
+        """Weight gradient of a layer that has one and no other step inside it."""
+        if not (self.rules[place].weighted and self.rules[place].affine):
+            return None
+        module = self.block.layers[place]
+        names = [f"layers.{place}.{name}" for name in weight_names(module)]
+        sent = {name: self.gradients[name] for name in names if name in self.gradients}
+        return pack(sent) if sent and len(sent) == len(names) else None
+
+    def _input(self, place: int, node: Node, k: Tensor, G: Tensor) -> Tensor | None:
+        """By the gradient's rows alone, with what is known of the input, or with the output's."""
+        module, source = self.block.layers[place], node.sources[0]
+        shape = tuple(self.shapes[source][1:])
+        part, above = self.partial.get(source), self._part(place + 1)
+        rows = G.numel() + sum(int(known.sum()) for _, known in filter(None, (part, above)))
+        if rows < math.prod(shape):
+            return None
+
+        def solve(k: Tensor) -> tuple[LayerSystem, Solution]:
+            mask = None if above is None else above[1].to(k.dtype)
+            system = LayerSystem(module, k, shape, mask)
+            solution = system.solve(None, G, noise=self.noise)
+            if not solution.full_rank:
+                rows, positive = None if above is None else above[0], self._positive(source)
+                solution = (
+                    system.by_channel(rows, G, part, positive=positive, noise=self.noise)
+                    or solution
+                )
+            if not solution.full_rank and above is not None and part is None:
+                solution = system.solve(above[0], G, noise=self.noise)
+            return system, solution
+
+        turn = self.turns.get(place + 1)
+        if turn is not None and (sums := self._total(place)) is not None:
+            told = kinks.told_by_sums(k, turn, sums, self.noise)
+            if bool(told.any()):
+                self.turned += int(told.sum())
+                change = torch.where(told, turn, torch.zeros_like(turn))
+                self.turns[place + 1] = turn = torch.where(told, -turn, turn)
+                self._turned(place + 1, change)
+                k = k + change
+        system, solution = solve(k)
+        doubtful = solution.residual > DOUBT * self.noise and solution.full_rank
+        if doubtful and turn is not None and bool(turn.any()):
+            system, solution, turned = kinks.settle(system, solution, G, turn, solve)
+            if turned:
+                self.turned += turned
+                self._turned(place + 1, system.k - k)
+        if not solution.full_rank:
+            return None
+        self._note(Found(node.name, system.equations, solution))
+        return self._cleaned(source, solution.x)
+
+    def _positive(self, edge: int) -> bool:
+        """Whether no entry of an edge is negative."""
+        return self.positive if edge == 0 else isinstance(self.rules[edge - 1], ReLU)
+
+    def _turned(self, edge: int, change: Tensor) -> None:
+        """Change an output gradient, and with it those above that led to it."""
+        while True:
+            k = self.ks[edge]
+            self.ks[edge] = change if k is None else k + change
+            for key in [key for key in self.pulled if key in self.users[edge]]:
+                self.pulled[key] = self.pulled[key] + change
+            users = self.users[edge]
+            if len(users) != 1 or not self._straight(users[0][0]):
+                return
+            above = users[0][0]
+            if isinstance(self.block.layers[above], Sum):
+                for slot, source in enumerate(self.block.nodes[above].sources):
+                    if source != edge:
+                        self._fallen(above, slot, source, change)
+            else:
+                (gain,) = _pull(self.block.layers[above], torch.ones_like(change), [change])
+                change = change / gain
+            edge = above + 1
+
+    def _fallen(self, above: int, slot: int, source: int, change: Tensor) -> None:
+        """Take back what was derived down another way of a sum, to be derived again."""
+        if (above, slot) in self.pulled:
+            self.pulled[above, slot] = self.pulled[above, slot] + change
+        self.ks[source] = None
+        for place, node in enumerate(self.block.nodes):
+            if place + 1 == source:
+                for number, below in enumerate(node.sources):
+                    self.pulled.pop((place, number), None)
+                    self.ks[below] = None
+
+    def _straight(self, place: int) -> bool:
+        """Whether a layer hands its gradient down entry by entry, whatever the values."""
+        rule = self.rules[place]
+        scale = rule.affine and rule.elementwise and not rule.random
+        return scale or isinstance(self.block.layers[place], Sum)
+
+    def _note(self, found: Found) -> None:
+        self.found.append(found)
+        self.noise = max(self.noise, 3 * found.solution.residual)
+
+    def _cleaned(self, edge: int, value: Tensor) -> Tensor:
+        """Without the rounding of what an activation had set to zero."""
+        if edge == 0 or not (rule := self.rules[edge - 1]).elementwise or rule.random:
+            return value
+        undone = rule.undo(value, self.block.nodes[edge - 1].name, self.noise)
+        if not rule.kinked or rule.affine:
+            return value
+        return torch.where(undone.known, value, rule.forward(undone.inputs))
+
+    def _blind(self, lowest: bool) -> bool:
+        """A convolution's input and output gradient, from nothing but its own gradient."""
+        places = range(len(self.block.nodes))
+        for place in places if lowest else reversed(places):
+            node, module = self.block.nodes[place], self.block.layers[place]
+            G = self._gradient(place)
+            if G is None or len(node.sources) != 1 or not isinstance(module, Conv):
+                continue
+            (source,) = node.sources
+            shape = tuple(self.shapes[source][1:])
+            new = self.values[source] is None and self.ks[place + 1] is None
+            if not new or not blind.possible(module, shape) or not self._first(place, "both"):
+                continue
+            sums = self._total(place)
+            if sums is None:
+                continue
+            seen = blind.solve(module, G, sums, shape, noise=self.noise)
+            if seen is None:
+                continue
+            self._note(Found(node.name, G.numel() + len(sums), seen.solution))
+            self.values[source] = self._cleaned(source, seen.solution.x)
+            self.ks[place + 1] = seen.k
+            return True
+        return False
+
+    def _total(self, place: int) -> Tensor | None:
+        """``Σ_p k`` at a convolution's output."""
+        own = self.gradients.get(f"layers.{place}.bias")
+        users = self.users[place + 1]
+        norm, bias = None, None
+        if own is None and len(users) == 1:
+            above = users[0][0]
+            norm, bias = self.rules[above], self.gradients.get(f"layers.{above}.bias")
+        return total(own, norm, bias)
+
+
+def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:
+    """Units that noise may have put on the wrong side of a kink: near it, or read as silent."""
+    known = rule.undo(rule.clamp(outputs), "", noise).known
+    return (outputs.abs() <= reach) | ~known
+
+
+def total(own: Tensor | None, norm: Rule | None, bias: Tensor | None) -> Tensor | None:
+    """``Σ_p k`` of each filter: the bias's gradient, or that of an affine norm right above.
+
+    Parameters
+    ----------
+    own : Tensor or None
+        Gradient of the layer's bias.
+    norm : :class:`~gradinv_edu.engine.layers.base.Rule` or None
+        Of what follows the layer.
+    bias : Tensor or None
+        Gradient of that layer's bias.
+    """
+    if own is not None:
+        return own
+    if norm is None or bias is None or not (norm.affine and norm.elementwise) or norm.random:
+        return None
+    dims = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    extra = next((d for kind, d in dims.items() if isinstance(norm.module, kind)), 0)
+    one = bias.new_ones(1, len(bias), *[1] * extra)
+    (gain,) = _pull(norm.module, one, [torch.zeros_like(one)])
+    return bias * gain.flatten()
+
+
+def _pull(module: nn.Module, k: Tensor, sources: list[Tensor]) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [source.detach().clone().requires_grad_() for source in sources]
+        pulled = torch.autograd.grad(module(*leaves), leaves, k, allow_unused=True)
+    return [torch.zeros_like(s) if p is None else p for s, p in zip(sources, pulled, strict=True)]
+
+
+def _output_gradient(rule: Rule, x: Tensor, G: Tensor, noise: float) -> Tensor | None:
+    """``k`` from ``Σ_p k_p ⊗ patch_p = ∂L/∂W`` with known patches; None where they repeat."""
+    if not isinstance(rule, Convolution) or (geometry := rule.geometry) is None:
+        return None
+    stride, padding, dilation, groups = geometry
+    conv = cast(Conv, rule.module)
+    if groups != 1 or len(stride) != 2:
+        return None
+    with torch.no_grad():
+        shape = conv(x).shape
+    spans = (tuple(part) for part in (conv.kernel_size, dilation, padding, stride))
+    patches = nn.functional.unfold(x, *spans)[0]
+    if patches.shape[1] > patches.shape[0]:
+        return None
+    values = torch.linalg.svdvals(patches)
+    if not float(values[-1]) > max(FAINT, 10 * noise) * float(values[0]):
+        return None
+    answer: Tensor = torch.linalg.lstsq(patches, G.flatten(1).T).solution
+    residual = float((patches @ answer - G.flatten(1).T).norm() / G.norm())
+    if residual > 1e3 * max(noise, 1e-12) * float(values[0] / values[-1]) or math.isnan(residual):
+        return None
+    return answer.T.reshape(shape)

@@ -1,0 +1,223 @@
+"""Networks people use: blind convolutions, channels, and torchvision's nets from end to end."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import distance, normal, seeded
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+import gradinv_edu as gi
+from gradinv_edu.errors import (
+    InconsistentGradientError,
+    InvalidTensorError,
+    UnsupportedLayerError,
+)
+from gradinv_edu.networks import blind, may_be_blind
+from gradinv_edu.systems import LayerSystem
+
+CE, LABEL = nn.CrossEntropyLoss(), torch.tensor([3])
+RESNET = (3, 32, 32)
+
+
+def gradients(conv: nn.Module, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the weight, and the sum that a bias would have."""
+    (found,) = torch.autograd.grad(conv(x), conv.get_parameter("weight"), k)
+    return found, k[0].flatten(1).sum(1)
+
+
+# --- blind --------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 3)
+spare = st.integers(0, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes, sizes, st.integers(1, 2), spare, spare, spare, spare, st.integers(0, 10**6))
+def test_blind_is_exact_where_enough_is_alive_and_says_nothing_elsewhere(
+    h: int, w: int, groups: int, filters: int, channels: int, still: int, dark: int, seed: int
+) -> None:
+    ins, outs = groups * (h * w + channels), groups * (h * w + filters)
+    conv = seeded(nn.Conv2d(ins, outs, 3, padding=1, groups=groups), seed)
+    x, k = normal((1, ins, h, w), seed + 1), normal((1, outs, h, w), seed + 2)
+    k[:, :still], x[:, :dark] = 0, 0
+    found = blind(conv, *gradients(conv, x, k), (ins, h, w))
+    if still > filters or dark > channels:
+        assert found is None
+    else:
+        assert found is not None and found.solution.full_rank
+        assert max(distance(found.solution.x, x), distance(found.k, k)) < 1e-6
+
+
+def test_blind_takes_kernels_that_are_not_square_and_gradients_in_float32() -> None:
+    conv = seeded(nn.Conv2d(8, 9, (3, 5), padding=(1, 2)), 1)
+    x, k = normal((1, 8, 2, 3), 2), normal((1, 9, 2, 3), 3)
+    G, total = gradients(conv, x, k)
+    found = blind(conv, G, total, (8, 2, 3))
+    rough = blind(conv, G.float().double(), total.float().double(), (8, 2, 3), noise=1.2e-7)
+    assert found is not None and distance(found.solution.x, x) < 1e-10
+    assert rough is not None and 1e-9 < distance(rough.solution.x, x) < 1e-3
+
+
+def test_a_gradient_of_no_picture_leaves_a_residual() -> None:
+    conv = nn.Conv2d(9, 9, 3, padding=1).double()
+    found = blind(conv, normal(conv.weight.shape, 1), normal((9,), 2), (9, 2, 2))
+    assert found is None or found.solution.residual > 0.1
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (nn.Conv2d(8, 4, 3, padding=1), (8, 3, 3)),  # more positions than filters
+        (nn.Conv2d(4, 8, 3, padding=1), (4, 3, 3)),  # … than channels
+        (nn.Conv2d(8, 8, 3, padding=1, groups=4), (8, 2, 2)),  # … than a group has
+        (nn.Conv2d(8, 8, 3, padding=1, stride=2), (8, 2, 2)),
+        (nn.Conv2d(16, 16, 3), (16, 4, 4)),
+        (nn.Conv2d(8, 8, 2, padding=1), (8, 2, 2)),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), (8, 2, 2)),
+    ],
+    ids=["filters", "channels", "groups", "stride", "padding", "even", "circular"],
+)
+def test_blind_is_not_begun_where_it_cannot_end(conv: nn.Conv2d, shape: tuple[int, ...]) -> None:
+    assert not may_be_blind(conv, shape)
+    assert may_be_blind(nn.Conv2d(8, 8, 3, padding=1), (8, 2, 2))
+
+
+# --- by channel ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.Conv2d(2, 1, 3, stride=2),  # leaves most of it open: both answer with the least norm
+        nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=2),
+        nn.Conv2d(3, 3, (1, 3), padding=(0, 1), groups=3),
+    ],
+    ids=["plain", "deficient", "dilated", "depthwise"],
+)
+def test_by_channel_answers_as_the_dense_gradient_rows_do(conv: nn.Conv2d) -> None:
+    conv = seeded(conv, 1)
+    x = normal((1, conv.in_channels, 5, 5), 2)
+    k = normal(conv(x).shape, 3)
+    G, _ = gradients(conv, x, k)
+    system = LayerSystem(conv, k, tuple(x.shape[1:]))
+    units = torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)
+    rows = torch.stack([system.matvec(unit)[1].flatten() for unit in units], dim=1)
+    found = system.by_channel(None, G)
+    assert found is not None
+    assert distance(found.x, torch.linalg.pinv(rows, rtol=1e-10) @ G.flatten()) < 1e-9
+    rank = int(torch.linalg.matrix_rank(rows, rtol=1e-10))
+    assert found.undetermined == pytest.approx(1 - rank / x.numel())
+
+
+# --- whole networks -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet() -> tuple[nn.Module, Tensor, gi.Update]:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = torchvision.models.resnet18(num_classes=10).eval().double()
+    x = gi.data.photo("retina", 32, dtype=torch.float64)
+    return model, x, gi.observe(model, CE, x, LABEL)
+
+
+def test_resnet18_gives_a_photograph_away(resnet: tuple[nn.Module, Tensor, gi.Update]) -> None:
+    model, x, update = resnet
+    found = gi.recover(model, update, RESNET, CE)
+    assert found.exact and distance(found.inputs, x) < 1e-9
+    names = [report.name for report in found.layers]
+    assert names[0].startswith("layer") and names[-1] == "conv1+…+maxpool"
+
+
+class Small(nn.Module):
+    """Two residual blocks under an average of all positions, norms with random statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+        way = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2), nn.BatchNorm2d(2 * width))
+        self.one, self.two = BasicBlock(width, width), BasicBlock(width, 2 * width, 2, way)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(self.stem(x))).mean((2, 3)))
+
+
+def small(width: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _with_statistics(Small(width).double().eval())
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand_like(buffer))
+        elif name.endswith("running_mean"):
+            buffer.copy_(0.1 * torch.randn_like(buffer))
+    return model
+
+
+@pytest.mark.parametrize(("width", "seed"), [(32, 1), (32, 2), (4, 4)])
+def test_small_residual_nets_are_exact_where_the_audit_says_so(width: int, seed: int) -> None:
+    model = small(width, seed)
+    x = gi.data.photo("coffee", 8, dtype=torch.float64)
+    said = gi.audit(model, (3, 8, 8), inputs=x, jacobian=False)
+    found = gi.recover(model, gi.observe(model, CE, x, LABEL), (3, 8, 8), CE)
+    assert said.exact == found.exact == (width > 4)
+    if found.exact:
+        assert distance(found.inputs, x) < 1e-9
+
+
+def test_what_no_picture_explains_is_not_vouched_for() -> None:
+    model, x = small(32, 1), gi.data.photo("coffee", 8, dtype=torch.float64)
+    update = gi.observe(model, CE, x, LABEL)
+    name = "one.conv1.weight"
+    g = update.gradients[name]
+    wrong = g + 1e-2 * g.abs().max() * normal(g.shape, 1)
+    other = replace(update, gradients={**update.gradients, name: wrong})
+    with contextlib.suppress(InconsistentGradientError):
+        assert not gi.recover(model, other, (3, 8, 8), CE).exact
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_the_wrong_size_is_refused(
+    resnet: tuple[nn.Module, Tensor, gi.Update],
+) -> None:
+    model, _, update = resnet
+    with pytest.raises(InvalidTensorError, match=r"3.*channels|\(1, 32, 32\)"):
+        gi.recover(model, update, (1, 32, 32), CE)
+
+
+def test_a_forward_pass_that_looks_at_values_is_refused_by_name() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.layer(x)
+            return z if z.sum() > 0 else -z
+
+    x = torch.rand(1, 4)
+    model = Fickle()
+    update = gi.observe(model, CE, x, LABEL)
+    with pytest.raises(UnsupportedLayerError, match="trace"):
+        gi.recover(model, update, (4,), CE)
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.ReLU())
+    with pytest.raises((InvalidTensorError, UnsupportedLayerError), match=r"parameter|layer"):
+        gi.audit(model, (1, 2, 2))

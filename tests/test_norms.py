@@ -1,0 +1,357 @@
+"""Norms of their own statistics: two more unknowns a group, and one factor that no gradient tells.
+
+``python tests/test_norms.py 200`` audits and recovers that many random nets with norms.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from nets import LOSS, Shape, Verdicts, _Draw, verdicts
+from torch import Tensor, nn
+
+import gradinv_edu as gi
+from gradinv_edu import errors
+from gradinv_edu.engine.hidden import Hidden, constants
+from gradinv_edu.engine.hidden import fitted as factors
+from gradinv_edu.engine.layers import Undone, rule_of
+from gradinv_edu.engine.layers.norms import Norm
+from gradinv_edu.engine.norm_system import NormSystem
+from gradinv_edu.engine.normalised import from_gradients, solve
+from gradinv_edu.engine.solve import Linearised
+
+NORMS = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda c: nn.GroupNorm(4, c),
+    "layer": lambda c: nn.GroupNorm(1, c),
+    "instance": lambda c: nn.InstanceNorm2d(c, affine=True),
+}
+SIDE = 10
+SHAPE = (3, SIDE, SIDE)
+BENDS = {"leaky": lambda: nn.LeakyReLU(0.2), "relu": nn.ReLU}
+
+
+def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
+    """With scales and shifts of its own in every norm."""
+    source = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(rule_of(module), Norm):
+            for p in module.parameters(recurse=False):
+                p.data += 0.3 * torch.randn(p.shape, generator=source)
+    return net.double().train()
+
+
+def chain(norm: str, bend: str, bias: bool = False, seed: int = 0) -> nn.Module:
+    """Two convolutions on 3×10×10 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for low, high in ((3, 16), (16, 24)):
+            conv = nn.Conv2d(low, high, 5, stride=2, padding=2, bias=bias)
+            layers += [conv, NORMS[norm](high), BENDS[bend]()]
+        return drawn(nn.Sequential(*layers, nn.Flatten(), nn.Linear(24 * 9, 10)), seed)
+
+
+def photo(size: int = SIDE) -> Tensor:
+    return gi.data.photo("cat", size, dtype=torch.float64)
+
+
+def fitted(found: Tensor, x: Tensor) -> float:
+    """Relative error after the best factor for each sample."""
+    a, b = found.flatten(1), x.flatten(1)
+    best = a * ((a * b).sum(1) / (a * a).sum(1))[:, None]
+    return gi.metrics.relative_error(best, b)
+
+
+# --- the rule -----------------------------------------------------------------------------------
+
+RULES: list[tuple[nn.Module, Shape]] = [
+    (nn.BatchNorm2d(4), (4, 3, 2)),
+    (nn.BatchNorm1d(4, track_running_stats=False).eval(), (4,)),
+    (nn.GroupNorm(2, 4), (4, 3, 2)),
+    (nn.InstanceNorm2d(4, affine=True), (4, 3, 2)),
+    (nn.LayerNorm((4, 3, 2)), (4, 3, 2)),
+    (nn.LayerNorm(2), (4, 3, 2)),
+    *([(nn.RMSNorm(4), (4,))] if hasattr(nn, "RMSNorm") else []),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), RULES, ids=[repr(m) for m, _ in RULES])
+def test_groups_and_coefficients_are_those_of_the_layer(module: nn.Module, shape: Shape) -> None:
+    rule = rule_of(drawn(module) if module.training else module.double())
+    assert isinstance(rule, Norm) and rule.normalises and rule.refusal is None
+    x = torch.rand(3, *shape, dtype=torch.float64) + 0.5
+    groups, (gain, shift) = rule.groups(x.shape), rule.coefficients(x)
+    count = groups.sum(torch.ones_like(x))
+    mean = groups.sum(x) / count if rule.centred else torch.zeros_like(count)
+    centre = x - groups.spread(mean)
+    sigma = (groups.sum(centre.square()) / count + rule.eps).sqrt()
+    y = module(x)
+    torch.testing.assert_close(gain * centre / groups.spread(sigma) + shift, y)
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        k = torch.rand_like(y)
+        (g,) = torch.autograd.grad(y, bias, k)
+        torch.testing.assert_close(rule.parameter_sum(k), g.reshape(-1))
+
+
+# --- the rows -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_truth_fulfils_every_row_and_only_patterns_stay_open(norm: str, masked: bool) -> None:
+    """Rank by singular values: full, but for the constants that a stride hides."""
+    conv, x = nn.Conv2d(2, 8, 3, stride=2, padding=1).double(), torch.rand(1, 2, 8, 8).double()
+    rule = rule_of(drawn(NORMS[norm](8)))
+    assert isinstance(rule, Norm)
+    z = conv(x)
+    y = rule.forward(z)
+    mask = (y > 0).double() if masked else torch.ones_like(y)
+    k, gw = mask * torch.rand_like(y), None
+    (gw,) = torch.autograd.grad(y, conv.weight, k)
+    y = (y * mask).detach()
+    system = NormSystem(conv, rule, y, k, (2, 8, 8), gw, mask)
+    hides = constants(conv, system.groups, system.like)
+    assert (hides is None) == (norm not in ("batch", "instance"))
+    if hides is not None:  # the stride's even pixels meet the kernel's middle alone
+        assert int((hides >= 0).sum()) == 32 and bool((hides[0, :, ::2, ::2] >= 0).all())
+        means = [x[hides == i].mean() for i in range(2)]
+        x = x - torch.where(hides >= 0, torch.stack(means)[hides.clamp_min(0)], 0.0)
+    v = system.at(x)
+    system.balance(v, None)
+    u = system.scaled(system.normed(v))
+    assert float(system.rest(u).flat().norm()) < 1e-12 * system.size(v)
+    at = Linearised(system.rows, u)
+    A = torch.stack([at.forward(e).flat() for e in torch.eye(len(u)).double()], 1)
+    values = torch.linalg.svdvals(A)
+    assert float(values[-1]) > 1e-9 * float(values[0])
+    if hides is not None:  # without their own rows the constants are open
+        fewer = torch.linalg.svdvals(torch.cat([A[: -gw.numel() - 2], A[-gw.numel() :]]))
+        assert int((fewer < 1e-10 * fewer[0]).sum()) == 2
+
+
+# --- recovery -----------------------------------------------------------------------------------
+
+
+PAIRS = [*((norm, "leaky") for norm in NORMS), ("batch", "relu"), ("group", "relu")]
+
+
+@pytest.mark.parametrize(("norm", "bend"), PAIRS)
+def test_a_photograph_up_to_its_brightness(norm: str, bend: str) -> None:
+    model, x = chain(norm, bend), photo()
+    update = gi.observe(model, LOSS, x, torch.tensor([3]))
+    found = gi.recover(model, update, SHAPE, LOSS)
+    assert fitted(found.inputs, x) < 1e-11
+    assert found.candidates[0].determined and not found.exact
+    assert "brightness" in found.hidden[0] and "hidden: brightness" in str(found)
+    assert float(found.scaled().max()) == 1.0
+    assert gi.metrics.relative_error(found.inputs, x) < 1e-7  # ε tells the factor, in float64
+    audit = gi.audit(model, SHAPE, inputs=x)
+    assert not audit.exact and not audit.stops and audit.layers[0].hidden == found.hidden[0]
+    assert "up to brightness" in audit.reason
+
+
+def test_doubling_the_picture_changes_the_gradient_by_eps_alone() -> None:
+    model, x = chain("group", "leaky"), photo()
+    one, two = (gi.observe(model, LOSS, t * x, torch.tensor([3])).gradients for t in (1, 2))
+    change = max(gi.metrics.relative_error(two[n], one[n]) for n in one)
+    assert 1e-6 < change < 1e-1
+
+
+def test_polish_reads_the_factor_from_eps() -> None:
+    model, x = chain("group", "leaky"), photo()
+    update = gi.observe(model, LOSS, x, torch.tensor([3]))
+    found = gi.recover(model, update, SHAPE, LOSS, polish=True)
+    assert found.exact and not found.hidden
+    assert gi.metrics.relative_error(found.inputs, x) < 1e-8
+
+
+def test_a_bias_with_several_channels_a_group_fixes_the_factor() -> None:
+    x = photo()
+    for norm, fixed in (("group", True), ("batch", False)):
+        model = chain(norm, "leaky", bias=True)
+        update = gi.observe(model, LOSS, x, torch.tensor([3]))
+        found = gi.recover(model, update, SHAPE, LOSS)
+        assert found.exact == (not found.hidden) == fixed
+        assert gi.audit(model, SHAPE, inputs=x).exact == fixed
+        assert gi.metrics.relative_error(found.inputs, x) < (1e-11 if fixed else 1e-6)
+
+
+def test_running_statistics_make_it_exact() -> None:
+    model, x = chain("batch", "relu"), photo()
+    update = gi.observe(model, LOSS, x, torch.tensor([3]), buffers=True)
+    found = gi.recover(model, update, SHAPE, LOSS)
+    assert found.exact and not found.hidden
+    assert gi.metrics.relative_error(found.inputs, x) < 1e-11
+
+
+def test_float32_gives_the_direction() -> None:
+    model, x = chain("batch", "leaky").float(), photo().float()
+    update = gi.observe(model, LOSS, x, torch.tensor([3]))
+    found = gi.recover(model, update, SHAPE, LOSS)
+    assert found.hidden and fitted(found.inputs, x.double()) < 1e-5
+
+
+def test_constants_that_a_stride_hides_are_found_inside_and_named_at_the_input() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for low, high in ((2, 16), (16, 24)):
+            conv = nn.Conv2d(low, high, 3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(high), nn.LeakyReLU(0.2)]
+        model = drawn(nn.Sequential(*layers, nn.Flatten(), nn.Linear(24 * 9, 5)))
+    x = photo(12)[:, :2]
+    found = gi.recover(model, gi.observe(model, LOSS, x, torch.tensor([3])), (2, 12, 12), LOSS)
+    assert len(found.hidden) == 2 and "contrast: 2 constants" in found.hidden[1]
+    assert found.candidates[0].determined and not found.exact
+    even = torch.zeros(12, 12).bool()
+    even[::2, ::2] = True
+    pictures = [found.inputs[0], *(even * torch.eye(2)[c].reshape(2, 1, 1) for c in range(2))]
+    A = torch.stack([p.reshape(-1).double() for p in pictures], 1)
+    best = A @ torch.linalg.lstsq(A, x.reshape(-1, 1)).solution
+    assert gi.metrics.relative_error(best, x.reshape(-1, 1)) < 1e-10
+
+
+def test_batch_norm_of_two_samples() -> None:
+    model = chain("batch", "leaky")
+    x = torch.cat([photo(), gi.data.photo("astronaut", SIDE, dtype=torch.float64)])
+    update = gi.observe(model, LOSS, x, torch.tensor([1, 4]))
+    found = gi.recover(model, update, SHAPE, LOSS, batch_size=2)
+    assert found.targets is not None and found.targets.tolist() == [1, 4]
+    assert fitted(found.inputs.flatten().unsqueeze(0), x.flatten().unsqueeze(0)) < 1e-8
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_a_way_of_a_residual_block_from_its_gradients_alone(bend: str) -> None:
+    """Under a sum only ``k`` is known: ``x + N2(W2 act(N1(W1 x)))``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        low, high = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        x = torch.randn(1, 16, 6, 6).double().relu()
+        k = torch.randn(1, 16, 6, 6).double()
+    one, bent, two = nn.GroupNorm(4, 16), BENDS[bend](), nn.GroupNorm(4, 16)
+    way = drawn(nn.Sequential(low, one, bent, high, two))
+    way(x).backward(k)
+    G = {name: p.grad for name, p in way.named_parameters()}
+    shape, rules = (16, 6, 6), [rule_of(layer) for layer in way]
+    upper, lower = rules[4], rules[1]
+    assert isinstance(upper, Norm) and isinstance(lower, Norm)
+    found = from_gradients(high, upper, k, shape, G["3.weight"], G["4.weight"], G["4.bias"])
+    assert found.solution.full_rank and not found.scaled
+    assert gi.metrics.relative_error(found.output, way(x)) < 1e-11
+    hidden = Hidden("4", found.factor)
+
+    def undone(s: Tensor) -> tuple[Undone, Tensor]:
+        below = rules[2].undo(hidden.times(found.inputs, s), "2", 1e-13)
+        return below, hidden.times(found.k, 1 / s) * below.slope
+
+    s, spread = factors(
+        lambda s: lower.parameter_sum(undone(s)[1])[None], G["1.bias"], hidden, curved=False
+    )
+    assert spread < 1e-11
+    below, k = undone(s)
+    system = NormSystem(low, lower, below.inputs, k, shape, G["0.weight"], below.known.double())
+    assert fitted(solve(system).inputs, x) < 1e-10
+
+
+# --- where it ends ------------------------------------------------------------------------------
+
+
+def test_a_norm_without_an_affine_layer_below_is_refused() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4)]
+    model = nn.Sequential(*layers).double().train()
+    x = photo(8)
+    update = gi.observe(model, LOSS, x, torch.tensor([1]))
+    with pytest.raises(errors.UnsupportedLayerError, match=r"2 \(BatchNorm2d\).*right below it"):
+        gi.recover(model, update, (3, 8, 8), LOSS)
+    assert [stop.name for stop in gi.audit(model, (3, 8, 8)).stops] == ["2"]
+
+
+class _Normed(_Draw):
+    """Nets with a norm of its own statistics above most layers."""
+
+    def add(self, layer: nn.Module) -> None:
+        self.layers.append(layer.double())
+        with torch.no_grad():
+            z = self.layers[-1](torch.rand(2, *self.shape).double())
+        self.shape = tuple(z.shape[1:])
+
+    def piece(self) -> None:
+        self.add(self.linear(self.pick(4, 8, 12, 16, 24)))
+        channels, affine, d = self.shape[0], bool(self.pick(0, 1, 1)), self.dimensions
+        batch = nn.BatchNorm1d if d < 2 else nn.BatchNorm2d
+        instance = nn.InstanceNorm1d if d < 2 else nn.InstanceNorm2d
+        norms = [
+            lambda: nn.GroupNorm(2, channels),
+            lambda: nn.LayerNorm(self.shape, elementwise_affine=affine),
+            nn.Identity,
+        ]
+        if d:
+            norms += [
+                lambda: batch(channels, affine=affine),
+                lambda: instance(channels, affine=affine),
+            ]
+        self.add(drawn(norms[self.pick(*range(len(norms)))](), self.pick(*range(99))))
+        self.add(
+            self.bend() if self.pick(0, 0, 1) else BENDS["leaky" if self.pick(0, 1) else "relu"]()
+        )
+
+
+def normed_net(seed: int) -> tuple[nn.Module, Shape]:
+    attempt = 0
+    while True:
+        try:
+            model, shape = _Normed(torch.Generator().manual_seed(100 * seed + attempt)).net()
+            model(torch.zeros(1, *shape).double())
+        except (RuntimeError, ValueError):  # a kernel too large, a norm of one value
+            attempt += 1
+        else:
+            return model, shape
+
+
+def outcome(seen: Verdicts, x: Tensor) -> tuple[bool, bool, bool]:
+    """Whether the audit, and whether the recovery, says it leaks but for what is hidden; honest."""
+    needed = [layer for layer in seen.audit.layers if layer.needed]
+    told = all(a.recoverable or a.settled or a.together for a in needed) and not seen.audit.stops
+    found = seen.found
+    if found is None:
+        return told, False, True
+    claimed = found.candidates[0].determined
+    open_ = any("contrast" in what for what in found.hidden)
+    right = open_ or not claimed or fitted(found.inputs, x) < 1e-6
+    return told, claimed, right and (not found.exact or seen.error < 1e-6)
+
+
+SEEDS = range(10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_audit_and_recovery_agree_and_are_honest(seed: int) -> None:
+    model, shape = normed_net(seed)
+    seen = verdicts(model, shape, seed)
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    told, claimed, honest = outcome(seen, x)
+    assert honest and seen.agree and told == claimed, seen
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    first, last = (0, int(sys.argv[1])) if len(sys.argv) == 2 else map(int, sys.argv[1:])
+    for seed in range(first, last):
+        model, shape = normed_net(seed)
+        seen = verdicts(model, shape, seed)
+        x = torch.rand(
+            1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        told, claimed, honest = outcome(seen, x)
+        counts[f"{seen.outcome}, leaks: audit {told}, recovery {claimed}"] += 1
+        counts["WRONG"] += not honest
+        if not honest or told != claimed or not seen.agree:
+            print(seed, seen.outcome, told, claimed, honest, f"{seen.error:.1e}", flush=True)
+    for what, count in counts.most_common():
+        print(f"{count:5} {what}")
