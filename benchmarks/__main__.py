@@ -4,18 +4,21 @@ Usage: python -m benchmarks [SECTION …] [--again] [--only TEXT]
        python -m benchmarks side-by-side [OPTION …]        (its own options: --help)
 
 import        what importing the package adds to importing torch
-recovery      the networks of chapter 6
+recovery      the networks of chapter recursion
 resistant     CNN6-d over five photographs
 audit         what an audit costs
 scaling       pixels, depth, width, batch, precision, dense least squares; a GPU where there is one
 growth        the pixels alone
 side-by-side  published systems, from checkouts of yours
 budgets       the course itself: chapters, tests, book, pages; fails beyond its budgets
-design        the trainings that chapter 9 draws from
-schedule      the searches that chapter 10 draws from
+design        the trainings that chapter design draws from
+schedule      the searches that chapter schedule draws from
+tokens        the sentences that chapter tokens draws from
+zoo           torchvision's networks, a small one of each family: audits and recoveries
+rates         some of them over photographs and draws of their weights
 
 Without a section: the first five. Figures go to book/data/benchmarks.json, which the page
-book/benchmarks.ipynb draws; those of design and schedule to files of their own.
+book/benchmarks.ipynb draws, and book/zoo.ipynb; those of design and schedule to files of their own.
 """
 
 from __future__ import annotations
@@ -67,6 +70,9 @@ SECTIONS = {
     "budgets": ("budgets", "main", ""),
     "design": ("design", "measure", ""),
     "schedule": ("schedule", "measure", ""),
+    "tokens": ("tokens", "measure", ""),
+    "zoo": ("zoo", "zoo", ""),
+    "rates": ("zoo", "rates", ""),
 }
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of a network against what its gradient gives away: what chapter 9 draws from.
+"""Accuracy of a network against what its gradient gives away: what chapter design draws from.
 
 Usage: python -m benchmarks design          (every cell that the data file lacks; resumable)
 

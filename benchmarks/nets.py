@@ -6,7 +6,7 @@ from typing import Any
 
 from .measure import Job, Options, fill, forget_peak, memory, rounded, seconds, typical
 
-# chapter 6: (constructor, size, options)
+# chapter recursion: (constructor, size, options)
 CHAPTER: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cnn6": ("cnn6", 32, {"outputs": 10}),
     "lenet": ("lenet", 32, {"bias": False}),
@@ -17,7 +17,7 @@ AUDITED = {"cnn6": 32, "lenet": 32, "resnet18": 224}
 
 
 def recovery(options: Options) -> int:
-    """The nets of chapter 6, from float64 and float32 gradients."""
+    """The nets of chapter recursion, from float64 and float32 gradients."""
     jobs = {
         f"{name}/{dtype}": Job("nets", "recover_one", {"name": name, "dtype": dtype})
         for name in CHAPTER for dtype in ("float64", "float32")

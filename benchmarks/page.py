@@ -368,7 +368,7 @@ def threads(data: Data) -> Any:
 
 
 def chapters(data: Data) -> Any:
-    """The networks of chapter 6."""
+    """The networks of chapter recursion."""
     rows = [
         (*key.split("/"), c["seconds"], c["passes"], c["memory"], c["psnr"], c["exact"])
         for key, c in cells(data, "recovery").items()

@@ -1,8 +1,9 @@
 """How a recovery grows: with pixels, depth, width, batch and precision, each cell by itself.
 
-A series varies one thing about ``photo_cnn``, the network of chapter 6 that gives photographs of
-ordinary size away. Each cell has CPU seconds, wall seconds, peak memory, iterations and error,
-what each layer took, and one forward and backward pass of the same net in the same dtype.
+A series varies one thing about ``photo_cnn``, the network of chapter recursion that gives
+photographs of ordinary size away. Each cell has CPU seconds, wall seconds, peak memory,
+iterations and error, what each layer took, and one forward and backward pass of the same net
+in the same dtype.
 """
 
 from __future__ import annotations

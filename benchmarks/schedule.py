@@ -1,4 +1,4 @@
-"""Attack success against the number of local iterations: what chapter 10 draws from.
+"""Attack success against the number of local iterations: what chapter schedule draws from.
 
 Usage: python -m benchmarks schedule          (every cell that the data file lacks; resumable)
 

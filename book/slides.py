@@ -28,6 +28,7 @@ ROLES = (
     (re.compile(r"\{(?:func|class|meth)\}`~?(?:[\w.]*\.)?(\w+)`"), r"`\1`"),
     (re.compile(r"\{eq\}`([\w-]+)`"), lambda m: f"*{m[1].replace('-', ' ')}*"),
     (re.compile(r"\{numref\}`[\w-]+`"), "the figure"),
+    (re.compile(r"\{doc\}`([^`<]+?) <\w+>`"), r"\1"),
     (re.compile(r"\{doc\}`0?(\d+)_\w+`"), r"chapter \1"),
     (re.compile(r"\{doc\}`(\w+)`"), r"*\1*"),
     (re.compile(r"\{cite:p\}`([^`]+)`"), lambda m: f"({_sources(m[1])})"),

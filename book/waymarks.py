@@ -24,6 +24,7 @@ BOOK = Path(__file__).parent
 MINUTES = re.compile(r"[Aa]bout (\d+) minutes")
 DIFFICULTY = re.compile(r"[Dd]ifficulty: (easy|moderate|hard)")
 NEEDS = re.compile(r"^You need (.+)$", re.MULTILINE)
+OPTIONAL = re.compile(r"^Optional: ", re.MULTILINE)
 DOC = re.compile(r"\{doc\}`(\d\d_\w+)`")
 CITED = re.compile(r"\{cite:\w+\}`([^`]+)`")
 HEADING = re.compile(r"^#{2,3} (.+)$", re.MULTILINE)
@@ -40,6 +41,7 @@ class Chapter:
     minutes: int | None
     difficulty: str
     needs: tuple[str, ...]
+    optional: bool = False
 
     @property
     def short(self) -> str:
@@ -83,6 +85,7 @@ def _chapter(part: str, stem: str) -> Chapter:
         int(minutes[1]) if minutes else None,
         difficulty[1] if difficulty else "",
         tuple(DOC.findall(needs[1])) if needs else (),
+        bool(OPTIONAL.search(opening)),
     )
 
 
@@ -120,8 +123,9 @@ def _rows(course: list[Chapter]) -> dict[str, int]:
 def _station(chapter: Chapter, y: int) -> str:
     minutes = f"{chapter.minutes} min" if chapter.minutes else ""
     name = f"{chapter.number} · {escape(chapter.short)}"
+    kind = ' class="optional"' if chapter.optional else ""
     return (
-        f'<circle cx="{LEFT}" cy="{y}" r="5"/>'
+        f'<circle{kind} cx="{LEFT}" cy="{y}" r="5"/>'
         f'<a href="{chapter.stem}.html"><text x="{LEFT + 14}" y="{y + 5}">{name}</text></a>'
         f'<text class="minutes" x="{WIDTH}" y="{y + 5}" text-anchor="end">{minutes}</text>'
     )
@@ -154,7 +158,7 @@ def drawing(course: list[Chapter]) -> str:
 def _line(chapter: Chapter, numbers: dict[str, int]) -> str:
     needs = ", ".join(f"{{doc}}`{numbers[need]} <{need}>`" for need in chapter.needs)
     minutes = chapter.minutes or ""
-    title = f"{{doc}}`{chapter.short} <{chapter.stem}>`"
+    title = f"{{doc}}`{chapter.short} <{chapter.stem}>`{' (optional)' * chapter.optional}"
     return f"| {chapter.number} | {title} | {minutes} | {chapter.difficulty} | {needs} |"
 
 
@@ -169,6 +173,7 @@ def map_page() -> str:
             "",
             "Each line is a chapter; an arc leads down from a chapter to one that builds on it.",
             "What those before it need is not drawn again; the table has it.",
+            "A hollow circle is an optional chapter: those after it can be read without it.",
             f"All of it takes about {hours:.0f} hours, by the minutes that the chapters give.",
             "",
             "```{raw} html",

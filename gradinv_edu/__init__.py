@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         fully_connected,
         kit,
         labels,
+        networks,
         noise,
         optimization,
         perceptron,
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
         recursion,
         schedule,
         scoreboard,
+        segments,
         sharing,
         systems,
+        tokens,
         update,
     )
-    from .kit import data, metrics, models, plotting, quiz, report, widgets
+    from .kit import data, language, metrics, models, plotting, quiz, report, schematics, widgets
     from .rank import Audit, audit
     from .recursion import Recovery, recover
     from .sharing import observe
@@ -53,7 +56,17 @@ _HOMES = {
     "Recovery": "recursion",
     "recover": "recursion",
 }
-_KIT = ("data", "metrics", "models", "plotting", "quiz", "report", "widgets")
+_KIT = (
+    "data",
+    "language",
+    "metrics",
+    "models",
+    "plotting",
+    "quiz",
+    "report",
+    "schematics",
+    "widgets",
+)
 
 __all__ = [
     "Audit",
@@ -74,8 +87,10 @@ __all__ = [
     "fully_connected",
     "kit",
     "labels",
+    "language",
     "metrics",
     "models",
+    "networks",
     "noise",
     "observe",
     "optimization",
@@ -89,9 +104,12 @@ __all__ = [
     "recursion",
     "report",
     "schedule",
+    "schematics",
     "scoreboard",
+    "segments",
     "sharing",
     "systems",
+    "tokens",
     "update",
     "widgets",
 ]

@@ -1,4 +1,4 @@
-"""Chapter 3. A dense layer's gradient and a batch: ``G = K X``, and the ReLU's zeros in ``K``.
+"""A dense layer's gradient and a batch: ``G = K X``, and the ReLU's zeros in ``K``.
 
 Rows that one sample alone excites give it at once (:func:`isolated_samples`); else the sparsest
 directions of the gradient's column space are the samples' (:func:`recover_batch`). At the other

@@ -1,4 +1,4 @@
-r"""Fewer bits, and two published defenses of single layers: Soteria and PRECODE (chapter 12)."""
+r"""Fewer bits, and two published defenses of single layers: Soteria and PRECODE."""
 
 from __future__ import annotations
 

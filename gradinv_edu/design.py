@@ -1,4 +1,4 @@
-r"""Defense by design: networks that cannot tell the picture, and what they cost (chapter 9)."""
+r"""Defense by design: networks that cannot tell the picture, and what they cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Dropout as a defense: a random mask before the classifier (chapter 11)."""
+r"""Dropout as a defense: a random mask before the classifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chapter 2. A dense layer's gradient and one sample: every row says the same input.
+"""A dense layer's gradient and one sample: every row says the same input.
 
 ``G = k xᵀ`` beside the bias gradient ``k`` gives ``x`` (:func:`recover_input`); without a bias
 its direction (:func:`rank_one`), whose length the loss knows

@@ -1,4 +1,4 @@
-r"""Labels first: what the last layer's gradient tells of them (chapter 8)."""
+r"""Labels first: what the last layer's gradient tells of them."""
 
 from __future__ import annotations
 

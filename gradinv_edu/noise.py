@@ -1,4 +1,4 @@
-r"""Clipping and noise (chapter 12); beside them :mod:`~gradinv_edu.privacy`, pruning, compression.
+r"""Clipping and noise; beside them, noise that promises something: :mod:`~gradinv_edu.privacy`.
 
 A defense on what is sent maps an :class:`~gradinv_edu.sharing.Update` to another. A server knows
 the protocol, the defense and its parameters, never its random draws.

@@ -1,4 +1,4 @@
-r"""The other family (chapter 8): guess a picture, compute its gradient, correct the guess."""
+r"""The other family: guess a picture, compute its gradient, correct the guess."""
 
 from __future__ import annotations
 

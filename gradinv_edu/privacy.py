@@ -1,4 +1,4 @@
-r"""Differential privacy (chapter 12): clip every sample, add noise, account for it."""
+r"""Differential privacy: clip every sample, add noise, account for it."""
 
 from __future__ import annotations
 

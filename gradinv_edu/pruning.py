@@ -1,4 +1,4 @@
-r"""Pruning (chapter 12): only some entries are sent, and what a server makes of them."""
+r"""Pruning: only some entries are sent, and what a server makes of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""A client's schedule, imitated by a server that knows it (chapter 10)."""
+r"""A client's schedule, imitated by a server that knows it."""
 
 from __future__ import annotations
 

@@ -38,6 +38,11 @@ MISSING = (
 )
 
 
+def leads_on(page: Path) -> bool:
+    """Whether a page only leads on to another."""
+    return 'http-equiv="refresh"' in page.read_text(encoding="utf-8")[:500].lower()
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing: the tests report."""

@@ -7,10 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+from browser import leads_on
 
 ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build" / "html"
-PAGES = sorted([*(HTML / "book").glob("*.html"), *(HTML / "exercises").rglob("*.html")])
+BUILT = sorted([*(HTML / "book").glob("*.html"), *(HTML / "exercises").rglob("*.html")])
+PAGES = [page for page in BUILT if not leads_on(page)]
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src"}
 REMOTE = re.compile(r"^(https?:)?//")
 STYLE = re.compile(r"""(?:@import|url\()\s*(?:url\()?["']?(?:https?:)?//""")
@@ -86,6 +89,18 @@ def test_every_picture_has_a_text(page: Path) -> None:
 def test_stylesheets_load_nothing_from_elsewhere() -> None:
     for sheet in HTML.rglob("*.css"):
         assert not STYLE.search(sheet.read_text()), sheet.name
+
+
+@needs_book
+def test_old_addresses_of_chapters_lead_to_the_new_ones() -> None:
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    moved = config["sphinx"]["config"]["moved_chapters"]
+    old = {page.stem: page for page in BUILT if leads_on(page) and page.parent.name == "book"}
+    assert set(old) == set(moved)
+    for page in filter(leads_on, BUILT):
+        (target,) = set(re.findall(r'(?:url=|href=")([^"]+)"', page.read_text()))
+        assert (page.parent / target).resolve() in PAGES
+        assert Path(target).stem == moved[page.stem]
 
 
 @needs_book

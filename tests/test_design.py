@@ -1,4 +1,4 @@
-"""Chapter 9: what a first layer must hide, what likely fills it in, and what training costs."""
+"""What a first layer must hide, what likely fills it in, and what training costs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_below_the_filter_bound_the_matrix_lacks_rank(geometry: tuple[int, ...])
 
 
 def test_the_filter_bound_counts_dependent_equations_once_and_dropout_leaves_fewer() -> None:
-    # 24 equations for 16 pixels, of rank 15: the small layer that chapter 5 counts by hand
+    # 24 equations for 16 pixels, of rank 15: the small layer that the book counts by hand
     assert design.filter_bound(1, 4, 2, stride=2) == 3
     rates = (0.0, 0.5, 0.7, 0.9)
     assert [design.filter_bound(3, 8, 3, 1, 1, rate=p) for p in rates] == [2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Chapter 11: dropout goes before the classifier, and nowhere else."""
+"""Dropout goes before the classifier, and nowhere else."""
 
 from __future__ import annotations
 

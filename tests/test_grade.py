@@ -194,12 +194,15 @@ def test_answers_stay_as_they_are(solved: Notebook) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda cells: cells.pop(_place(cells, "01-recover")), "are missing: 01-recover"),
-        (lambda cells: cells.reverse(), "in another order"),
-        (lambda cells: cells.append(cells[_place(cells, "01-recover")]), "more than once"),
         (
-            lambda cells: cells[_place(cells, "01-recover")].update(cell_type="markdown"),
-            "no longer code: 01-recover",
+            lambda cells: cells.pop(_place(cells, "perceptron-recover")),
+            "are missing: perceptron-recover",
+        ),
+        (lambda cells: cells.reverse(), "in another order"),
+        (lambda cells: cells.append(cells[_place(cells, "perceptron-recover")]), "more than once"),
+        (
+            lambda cells: cells[_place(cells, "perceptron-recover")].update(cell_type="markdown"),
+            "no longer code: perceptron-recover",
         ),
     ],
 )

@@ -24,6 +24,11 @@ import gradinv_edu
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gradinv_edu"
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
+SOURCES = sorted((ROOT / "exercises" / "source").glob("*/*.ipynb"))
+PAGES = [
+    ROOT / "book" / f"{name}.md" for name in ("claims", "command_line", "glossary", "notation")
+]
+MODULE_FILES = sorted(PACKAGE.rglob("*.py"))
 STEMS = [chapter.stem.split("_", 1)[1] for chapter in CHAPTERS]
 LABEL = re.compile(r"^:label:\s*([\w-]+)", re.MULTILINE)
 IMPLEMENTS = re.compile(r"Implements\s+((?:(?:,|and|\s)*:eq:`[\w-]+`)+)")
@@ -169,6 +174,25 @@ def test_the_table_of_contents_and_the_folder_name_the_same_files() -> None:
     files = {f"book/{p.stem}" for p in (ROOT / "book").glob("*.*") if p.suffix in {".ipynb", ".md"}}
     assert set(_toc()) == files
     assert len(_toc()) == len(files)
+
+
+def test_chapters_stand_in_the_order_of_their_numbers() -> None:
+    """Numbers may be missing; only `_toc.yml` and files' names tell them."""
+    stems = [Path(file).name for file in _toc()]
+    numbers = [int(stem[:2]) for stem in stems if re.match(r"\d\d_", stem)]
+    assert numbers == sorted(set(numbers))
+
+
+NUMBERED = re.compile(r"(?:\{doc\}`|\[)([^`<\]]*?)(\d+)(?: <|\]\(\S*/)(\d\d)_\w+")
+BARE = re.compile(r"\b[Cc]hapters? \d")
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *SOURCES, *PAGES, *MODULE_FILES], ids=lambda p: p.name)
+def test_a_chapters_number_stands_beside_its_stem(path: Path) -> None:
+    """So that no number is left behind when chapters move: a link tells both, nothing else one."""
+    text = "\n".join(_cells(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
+    assert all(int(said) == int(number) for _, said, number in NUMBERED.findall(text))
+    assert not BARE.findall(NUMBERED.sub("", text))
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -61,7 +61,7 @@ def test_an_edition_is_the_notebook_after_a_cell_that_sets_up(path: Path) -> Non
 
 
 def test_an_edition_asks_for_what_its_notebook_imports() -> None:
-    noise = next(path for path in NOTEBOOKS if path.stem == "12_noise")
+    noise = next(path for path in NOTEBOOKS if path.stem == "15_noise")
     assert '"opacus"' in _first(noise)
     assert '"./course"]' in _first(NOTEBOOKS[0])
 
@@ -71,7 +71,7 @@ def test_setting_up_where_the_course_is_installed_only_goes_to_the_folder(tmp_pa
     here = tmp_path / "launch" / "book"
     here.mkdir(parents=True)
     (tmp_path / "book" / "data").mkdir(parents=True)
-    code = _first(Path("book/09_design.ipynb")) + "\nassert Path('data').is_dir()"
+    code = _first(Path("book/12_design.ipynb")) + "\nassert Path('data').is_dir()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True
@@ -90,7 +90,7 @@ def test_setting_up_elsewhere_clones_and_installs(tmp_path: Path) -> None:
     (tools / "pip.py").write_text(
         f"import sys\nopen('{tmp_path}/log', 'a').write(' '.join(sys.argv[1:]))"
     )
-    code = _first(Path("book/12_noise.ipynb"))
+    code = _first(Path("book/15_noise.ipynb"))
     code = "import importlib.util as u\nu.find_spec = lambda name: None\n" + code
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "PYTHONPATH": str(tools)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)

@@ -1,4 +1,4 @@
-"""Chapter 12: what is sent after clipping, noise, pruning, rounding; and the server that knows."""
+"""What is sent after clipping, noise, pruning, rounding; and the server that knows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from updates import LOSS, THREE, flat, seeded, small
 
 import gradinv_edu as gi
-from gradinv_edu import Update, compression, design, dropout, noise, privacy, pruning
+from gradinv_edu import Update, compression, design, noise, privacy, pruning
 from gradinv_edu.errors import (
     InvalidArgumentError,
     InvalidTensorError,
@@ -22,8 +23,6 @@ from gradinv_edu.errors import (
     VanishingGradientError,
 )
 
-LOSS = nn.CrossEntropyLoss()
-THREE = torch.tensor([3])
 Change = Callable[[Update], Update]
 CHANGES: dict[str, Change] = {
     "clip": lambda u: noise.clip(u, 0.3),
@@ -36,10 +35,6 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 @st.composite
 def updates(draw: st.DrawFn) -> Update:
     source, scale = seeded(draw(st.integers(0, 10_000))), 10.0 ** draw(st.integers(-3, 3))
@@ -47,24 +42,6 @@ def updates(draw: st.DrawFn) -> Update:
     dtype = draw(st.sampled_from([torch.float64, torch.float32]))
     tensors = [scale * torch.randn(s, generator=source, dtype=torch.float64) for s in shapes]
     return Update({f"{i}.weight": t.to(dtype) for i, t in enumerate(tensors)})
-
-
-def flat(update: Update) -> Tensor:
-    return torch.cat([g.double().flatten() for g in update.gradients.values()])
-
-
-def small() -> tuple[nn.Sequential, Tensor, Update]:
-    model = gi.models.mlp([64, 40, 10], "tanh", dtype=torch.float64)
-    x = gi.data.digit(3, dtype=torch.float64)
-    return model, x, gi.observe(model, LOSS, x, THREE)
-
-
-def cnn() -> tuple[nn.Sequential, Tensor, Update]:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 64), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.Linear(64, 10)).double()
-    x = gi.data.photo("cat", 8, dtype=torch.float64)
-    return model, x, gi.observe(model, LOSS, x, torch.tensor([4]))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -216,49 +193,6 @@ def test_what_cannot_be_is_refused(
 # --- the server that knows --------------------------------------------------------------------
 
 
-@settings(max_examples=40)
-@given(seed=st.integers(0, 999), fraction=st.floats(0.3, 1))
-def test_a_pruned_dense_layer_is_exact_where_entries_are_left(seed: int, fraction: float) -> None:
-    source = seeded(seed)
-    k, x = (torch.randn(n, generator=source, dtype=torch.float64) for n in (60, 20))
-    update = Update({"weight": torch.outer(k, x), "bias": k})
-    for sent in (
-        pruning.keep_random(update, fraction, source), pruning.keep_largest(update, fraction)
-    ):  # fmt: skip
-        found = pruning.recover_pruned(sent.gradients["weight"], sent.gradients["bias"])
-        known = found.isfinite()
-        assert torch.allclose(found[known], x[known], rtol=1e-9, atol=1e-12)
-        seen = (sent.gradients["weight"] != 0)[sent.gradients["bias"] != 0].any(0)
-        assert bool(known[seen].all())
-
-
-def test_rows_without_a_bias_gradient_serve_once_their_scale_is_known() -> None:
-    k, x = torch.tensor([2.0, 3.0]).double(), torch.tensor([5.0, 7.0, 11.0]).double()
-    G, bias = torch.outer(k, x), torch.tensor([2.0, 0.0]).double()
-    G[0, 2] = 0  # row 1 alone saw the last pixel, without its scale
-    assert torch.allclose(pruning.recover_pruned(G, bias), x)
-    G[1] = 0
-    assert pruning.recover_pruned(G, bias).isnan().tolist() == [False, False, True]
-
-
-def test_a_pruned_cnn_is_completed_above_and_exact_or_says_that_it_is_not() -> None:
-    model, x, update = cnn()
-    completed = pruning.complete_pruned(model, pruning.keep_random(update, 0.5), LOSS)
-    assert "0.weight" not in completed.gradients
-    assert torch.allclose(completed.gradients["3.weight"], update.gradients["3.weight"])
-    found = gi.recover(model, completed, (3, 8, 8), LOSS)
-    assert found.exact and gi.metrics.psnr(found.inputs, x) > 200
-    largest = pruning.complete_pruned(model, pruning.keep_largest(update, 0.5), LOSS)
-    found = gi.recover(model, largest, (3, 8, 8), LOSS)
-    assert not found.exact and gi.metrics.psnr(found.inputs, x) > 25
-    whole = pruning.complete_pruned(model, update, LOSS)
-    assert torch.allclose(flat(whole), flat(update), rtol=1e-9, atol=1e-15)
-    dropped = dropout.with_dropout(model.train(), 0.5)
-    sent = pruning.keep_random(gi.observe(dropped, LOSS, x, torch.tensor([4])), 0.5)
-    with pytest.raises(UnsupportedLayerError, match="5 drops units"):
-        pruning.complete_pruned(dropped, sent, LOSS)
-
-
 def test_clipping_changes_no_ratio_and_keeps_the_settings() -> None:
     model, x, update = small()
     found = gi.recover(model, noise.clip(update, 1e-3), (1, 8, 8), LOSS)
@@ -266,33 +200,6 @@ def test_clipping_changes_no_ratio_and_keeps_the_settings() -> None:
     sent = gi.observe(model, LOSS, x, THREE, local_steps=2, learning_rate=0.1)
     both = compression.quantize(noise.clip(sent, 0.1), 8)
     assert (both.local_steps, both.learning_rate) == (2, 0.1)
-
-
-def test_soteria_prunes_the_classifier_where_features_are_large_for_their_slope() -> None:
-    model, x, update = small()
-    sent = compression.soteria(model, update, x, 0.2)
-    kept = (sent.gradients["3.weight"] != 0).any(0)
-    assert int(kept.sum()) == 8
-    for name, g in update.gradients.items():
-        assert torch.equal(sent.gradients[name], g) == (name != "3.weight")
-    features = model[:3](x).detach().flatten()
-    slopes = torch.autograd.functional.jacobian(lambda t: model[:3](t).flatten(), x)
-    score = slopes.flatten(1).norm(dim=1) / (features.abs() + 0.1)
-    assert float(score[kept].min()) >= float(score[~kept].max())
-
-
-def test_a_bottleneck_draws_above_its_encoder_and_hides_nothing_below() -> None:
-    model, x, _ = small()
-    block = compression.Bottleneck(40, 6, dtype=torch.float64)
-    net = nn.Sequential(*model[:3], block, model[3]).train()
-    one, two = (gi.observe(net, LOSS, x, THREE, generator=seeded(s)) for s in (1, 2))
-    assert not torch.equal(flat(one), flat(two))
-    parts = (one.gradients[f"3.encode.{part}"] for part in ("weight", "bias"))
-    features = gi.fully_connected.recover_input(*parts)
-    assert gi.metrics.relative_error(features, model[:3](x).detach().flatten()) < 1e-12
-
-
-# --- differential privacy ---------------------------------------------------------------------
 
 
 def test_opacus_clips_every_sample_adds_noise_of_the_right_size_and_touches_nothing() -> None:

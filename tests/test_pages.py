@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browser import HTML, Visit
+from browser import HTML, Visit, leads_on
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-# index.html only leads to the first page; what lies under _static is no page.
+# What lies under _static is no page.
 PAGES = sorted(
     str(path.relative_to(HTML))
     for path in HTML.rglob("*.html")
-    if path.name != "index.html" and not path.relative_to(HTML).parts[0].startswith("_")
+    if not path.relative_to(HTML).parts[0].startswith("_") and not leads_on(path)
 )
 
 # Text outside of code that still shows TeX's own marks, or what MathJax could not set.

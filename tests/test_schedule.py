@@ -1,4 +1,4 @@
-"""Chapter 10: the client's steps are imitated, and the stored figures come out again."""
+"""The client's steps are imitated, and the stored figures come out again."""
 
 from __future__ import annotations
 

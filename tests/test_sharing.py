@@ -335,3 +335,13 @@ def test_cuda_gradients_stay_there_and_its_generator_is_left_alone(how: dict[str
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert update.gradients["8.weight"].is_cuda
     assert gi.metrics.relative_error(again.gradients["8.weight"], update.gradients["8.weight"]) == 0
+
+
+class Several(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return {"out": super().forward(x)}
+
+
+def test_a_model_with_several_outputs_is_told_what_to_do() -> None:
+    with pytest.raises(UnsupportedLossError, match=r"Several gives a dict.* aux_logits=False"):
+        gi.observe(Several(4, 10), LOSS, torch.ones(1, 4), LABEL)

@@ -75,9 +75,9 @@ def _pictures(cells: list[Any]) -> int:
 
 
 def test_marks_become_plain_markdown() -> None:
-    text = "See {eq}`bias-ratio`, {func}`~gradinv_edu.rank.audit`, {doc}`06_recursion` "
-    text += "{cite:p}`a1999,b2000x`."
-    assert slides.plain(text) == "See *bias ratio*, `audit`, chapter 6 (A 1999; B 2000)."
+    text = "See {eq}`bias-ratio`, {func}`~gradinv_edu.rank.audit`, {doc}`05_recursion`, "
+    text += "{doc}`Chapter 1 <01_perceptron>` {cite:p}`a1999,b2000x`."
+    assert slides.plain(text) == "See *bias ratio*, `audit`, chapter 5, Chapter 1 (A 1999; B 2000)."
     block = "```{math}\n:label: x\nx = 1\n```"
     assert slides.blocks(f"# T\ntext\n\n{block}\nmore") == ["# T", "text", block, "more"]
 

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 3, batches."""
+"""Checks of the exercises on batches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .verdict import (
     expect,
     known,
     normal,
+    pair,
+    refuse,
     right,
     tensor,
 )
@@ -50,7 +52,7 @@ def _batch(seed: int, samples: int, rows: int, size: int = 20, classes: int = 6)
     return _Batch(W, bias, X, k)
 
 
-class Shares(Mistakes, of="03-shares"):
+class Shares(Mistakes, of="batches-shares"):
     def summed_over_rows(k):
         """You divided by a sum over the rows of the layer. A row's ratio mixes the samples of that
         row: which index is summed?"""
@@ -80,14 +82,14 @@ class Shares(Mistakes, of="03-shares"):
 
 
 def check_shares(shares: Student, seed: int = 1, samples: int = 4, rows: int = 7) -> None:
-    """Check 3.1: in which shares each row's ratio mixes the samples."""
+    """Check: in which shares each row's ratio mixes the samples."""
     k = normal(seed, samples, rows)
-    expect("03-shares", shares, (k,), k / k.sum(0), "the table of shares")
+    expect("batches-shares", shares, (k,), k / k.sum(0), "the table of shares")
     lowest = float((k / k.sum(0)).min())
     right(f"They add up to one in every row; the lowest here is {lowest:.1f}.")
 
 
-class Counted(Mistakes, of="03-count"):
+class Counted(Mistakes, of="batches-count"):
     def mean_for_sum(b, p):
         """Your counts add up to far less than the batch: the gradient is averaged over the
         samples, and you did not undo that."""
@@ -121,13 +123,15 @@ class Counted(Mistakes, of="03-count"):
 
 
 def check_counted(counted: Student, seed: int = 2, samples: int = 9, classes: int = 5) -> None:
-    """Check 3.2: how often each label occurs in a batch."""
+    """Check: how often each label occurs in a batch."""
     g = torch.Generator().manual_seed(seed)
     more = torch.randint(1, classes, (samples - 2,), generator=g)
     p = (1.5 * normal(seed, samples, classes)).softmax(1)
     one_hot = nn.functional.one_hot(torch.cat([torch.tensor([0, 0]), more]), classes).double()
     given = ((p - one_hot).mean(0), p)
-    wrong = ((h, f(w)) for h, w in known("03-count", given) for f in (torch.clone, torch.round))
+    wrong = (
+        (h, f(w)) for h, w in known("batches-count", given) for f in (torch.clone, torch.round)
+    )
     compare(ask(counted, *given), one_hot.sum(0), "the table of counts", wrong)
     right("Every duplicate counted, and no picture has been recovered yet.")
 
@@ -140,7 +144,7 @@ def _agreeing(ratios: Tensor) -> Tensor:
     return (torch.cdist(ratios, ratios) < 1e-6 * ratios.norm(dim=1)).sum(1) > 1
 
 
-class Lonely(Mistakes, of="03-lonely"):
+class Lonely(Mistakes, of="batches-lonely"):
     def every_ratio_believed(G, b):
         """There are mixtures among your {count} answers. Nobody has confirmed those rows: what do
         two rows that speak of the same sample have in common?"""
@@ -172,7 +176,7 @@ class Lonely(Mistakes, of="03-lonely"):
 
 
 def check_lonely(lonely: Student, seed: int = 5, samples: int = 4, rows: int = 60) -> None:
-    """Check 3.3: the samples that rows confirm to each other."""
+    """Check: the samples that rows confirm to each other."""
     batch = _batch(seed, samples, rows)
     batch.k[:, ::11] = 0.0
     answer = tensor(ask(lonely, batch.G, batch.b), "your answer")
@@ -205,7 +209,7 @@ def _turns(found: Tensor, true: Tensor) -> Tensor:
 
 
 def _rows(whole: Tensor, samples: int, draws: Tensor, sort=True, independent=True) -> Tensor:
-    """Solve exercise 3.4, with a part of it left out."""
+    """Solve the exercise, with a part of it left out."""
     left = torch.linalg.svd(whole, full_matrices=False)[0][:, :samples]
     q = torch.stack([torch.linalg.svd(left[rows])[2][-1] for rows in draws])
     zeros = ((q @ left.T).abs() < 1e-9).sum(dim=1)
@@ -217,7 +221,7 @@ def _rows(whole: Tensor, samples: int, draws: Tensor, sort=True, independent=Tru
     return torch.linalg.pinv(left @ torch.stack(kept[:samples]).T) @ whole
 
 
-class Apart(Mistakes, of="03-apart"):
+class Apart(Mistakes, of="batches-apart"):
     def last_column_not_used(whole, samples, draws):
         """These are the samples up to a factor each: a direction has no length. Which column of the
         matrix tells how long it must be?"""
@@ -248,7 +252,7 @@ class Apart(Mistakes, of="03-apart"):
 
 
 def check_apart(apart: Student, seed: int = 4, samples: int = 4, rows: int = 80) -> None:
-    """Check 3.4: all samples of a batch, by draws."""
+    """Check: all samples of a batch, by draws."""
     batch = _batch(seed, samples, rows)
     whole = torch.cat([batch.G, batch.b[:, None]], 1)
     g = torch.Generator().manual_seed(seed)
@@ -284,7 +288,7 @@ def _agree(W: Tensor, bias: Tensor, k: Tensor, X: Tensor, rounding=1e-4, share=0
     return bool(((k.abs() > rounding * k.abs().max()) == on).double().mean() > share)
 
 
-class Believe(Mistakes, of="03-believe"):
+class Believe(Mistakes, of="batches-believe"):
     def count_not_compared(W, bias, G, b, X):
         """Fewer samples than the gradient has rank: they cannot be all that this batch was made
         of."""
@@ -318,7 +322,7 @@ class Believe(Mistakes, of="03-believe"):
 
 
 def check_believe(believe: Student, seed: int = 5, samples: int = 4, rows: int = 60) -> None:
-    """Check 3.5: whether these are the samples of the batch."""
+    """Check: whether these are the samples of the batch."""
     batch = _batch(seed, samples, rows)
     W, bias, X, G, b = batch.W, batch.bias, batch.X, batch.G, batch.b
     mixing = torch.eye(samples, dtype=X.dtype) + 0.4 * normal(seed + 7, samples, samples)
@@ -337,3 +341,128 @@ def check_believe(believe: Student, seed: int = 5, samples: int = 4, rows: int =
     ]
     each(believe, cases)
     right("Both gradients, and the forward pass: the server checks a batch by its own weights.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a count of equations asks of a convolution without a bias.
+
+    Attributes
+    ----------
+    name : str
+        Which layer it is.
+    unknowns, outputs : int
+        Entries of its input and of its output, for one sample.
+    weights : int
+        Entries of its weight.
+    filters : int
+        How many filters they belong to.
+    """
+
+    name: str
+    unknowns: int
+    outputs: int
+    weights: int
+    filters: int
+
+
+def plan(name: str, channels: int, size: int, filters: int, kernel: int) -> Plan:
+    """Make the :class:`Plan` of a convolution with stride 1 and no padding."""
+    outputs = filters * (size - kernel + 1) ** 2
+    return Plan(name, channels * size**2, outputs, filters * channels * kernel**2, filters)
+
+
+UNLIMITED = 10**6
+
+
+def fits(layer: Plan, shared: bool = True, own: bool = False, strict: bool = False) -> int:
+    """Count the samples that a layer determines: the rank law, for a batch; or a wrong law."""
+    missing = layer.unknowns - layer.outputs - (layer.weights if own else 0)
+    spare = (0 if own else layer.weights) - (layer.filters**2 if shared else 0)
+    return UNLIMITED if missing <= 0 else max((spare - strict) // missing, 0)
+
+
+def _limits(layers: list[Plan], classes: int, **law: bool) -> dict[str, int]:
+    return {"softmax": classes - 1, **{layer.name: fits(layer, **law) for layer in layers}}
+
+
+def _lowest(limits: dict[str, int]) -> tuple[int, str]:
+    name = min(limits, key=limits.__getitem__)
+    return limits[name], name
+
+
+class LargestBatch(Mistakes, of="batches-largest"):
+    def wide_layers_divided_by_a_negative(layers, classes):
+        """A layer whose outputs are no fewer than its unknowns determines every sample by itself,
+        and you let it limit the batch."""
+        spare = {each: each.weights - each.filters**2 for each in layers}
+        limits = {e.name: spare[e] // (e.unknowns - e.outputs) for e in layers}
+        return _lowest({"softmax": classes - 1, **limits})
+
+    def shared_equations_overlooked(layers, classes):
+        """You counted equations that are in both sets as if they said something new. How many are
+        there for F filters, and does their number grow with the batch?"""
+        return _lowest(_limits(layers, classes, shared=False))
+
+    def more_equations_than_unknowns(layers, classes):
+        """In one of these networks a layer has exactly as many equations as unknowns, which is
+        enough, and you stop one sample earlier."""
+        return _lowest(_limits(layers, classes, strict=True))
+
+    def gradient_constraints_for_each(layers, classes):
+        """You gave every sample its own gradient constraints. The client sends one sum: a layer
+        has them once, however many samples share them."""
+        return _lowest(_limits(layers, classes, own=True))
+
+    def as_many_as_classes(layers, classes):
+        """The last layer cannot tell that many apart: each k of a softmax sums to zero over the
+        classes. How many of them can be independent?"""
+        return _lowest(_limits(layers, classes + 1))
+
+    def softmax_forgotten(layers, classes):
+        """Every layer has its say here, but not the last one: the softmax has a limit of its
+        own."""
+        return _lowest(_limits(layers, UNLIMITED))
+
+    def first_layer_blamed(layers, classes):
+        """The number is right, and {name} is not what limits it: which of them gives out first as
+        the batch grows?"""
+        return _lowest(_limits(layers, classes))[0], layers[0].name
+
+
+def _networks(seed: int) -> list[tuple[list[Plan], int]]:
+    """Make networks that each limit the batch in another way, then some drawn at random."""
+    wide, exact = plan("wide", 2, 6, 10, 3), plan("exact", 2, 5, 4, 3)
+    roomy, tight = plan("roomy", 3, 5, 7, 3), plan("tight", 3, 5, 5, 3)
+    poor = plan("poor", 3, 6, 3, 2)
+    networks = [([wide, exact], 10), ([roomy, wide], 5), ([roomy, tight], 10)]
+    networks += [([tight, wide, roomy], 20), ([wide], 100), ([wide, poor], 10)]
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        size, first, second, classes = (
+            int(torch.randint(low, high, (), generator=g))
+            for low, high in ((5, 9), (3, 9), (3, 12), (3, 30))
+        )
+        low = plan("conv1", 3, size, first, 3)
+        networks.append(([low, plan("conv2", first, size - 2, second, 2)], classes))
+    limits = [sorted(_limits(*network).values()) for network in networks]
+    return [n for n, (lowest, second, *_) in zip(networks, limits, strict=True) if lowest < second]
+
+
+def check_largest_batch(largest_batch: Student, seed: int = 6) -> None:
+    """Check: the largest batch that a convolutional network gives away, and its limit."""
+    two = "Return two things: how many samples, a whole number, and the name of what limits them."
+    for layers, classes in _networks(seed):
+        given, limits = (layers, classes), _limits(layers, classes)
+        true = min(limits.values())
+        answer = ask(largest_batch, *given, case=f"for {classes} classes")
+        number, name = pair(answer, "largest_batch(...)")
+        demand(isinstance(number, int | float) and isinstance(name, str), two)
+        if number != true:
+            for hint, (wrong, _) in known("batches-largest", given):
+                demand(number != wrong, hint)
+            none = "Here not even one sample has equations enough, and you say that {number} fit."
+            demand(true, none, number=number)
+            refuse(f"Of {classes} classes and these layers, {number} samples are not the most.")
+        demand(limits.get(name) == true, LargestBatch.first_layer_blamed, name=name)
+    right("Weight constraints grow with the batch; gradient constraints do not. Hence a limit.")

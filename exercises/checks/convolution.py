@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 4, convolution as a dense layer."""
+"""Checks of the exercises on convolution as a dense layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _sum(k: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     return torch.einsum("ij,ijuv->uv", k, patches)
 
 
-class KernelGradient(Mistakes, of="04-gradient"):
+class KernelGradient(Mistakes, of="convolution-gradient"):
     def mean_for_sum(x, k, size, stride):
         """You took the mean over the positions. The weight is used at every position, and the
         chain rule adds up what each of them does to the loss."""
@@ -69,14 +69,14 @@ class KernelGradient(Mistakes, of="04-gradient"):
 
 
 def check_kernel_gradient(kernel_gradient: Student, seed: int = 1, positions: int = 4) -> None:
-    """Check 4.1: both gradients of one filter, summed over positions."""
+    """Check: both gradients of one filter, summed over positions."""
     parts = ("the kernel's gradient", "the bias gradient")
     for size, stride in ((3, 1), (2, 2), (3, 2)):
         x = _random(seed, *[(positions - 1) * stride + size] * 2)
         k = _random(seed + 1, positions, positions) - 0.4
         truth = (_sum(k, x, size, stride), k.sum())
         case = f"for a {size}×{size} kernel with stride {stride}"
-        expect("04-gradient", kernel_gradient, (x, k, size, stride), truth, parts, case)
+        expect("convolution-gradient", kernel_gradient, (x, k, size, stride), truth, parts, case)
     right("A kernel's gradient is a sum over positions: a mixture, even for one picture.")
 
 
@@ -87,7 +87,7 @@ def _matrix(kernel: Tensor, size: int, stride: int, padding: int) -> Tensor:
     return gi.convolution.as_dense(conv, (1, size, size))
 
 
-class AsMatrix(Mistakes, of="04-matrix"):
+class AsMatrix(Mistakes, of="convolution-matrix"):
     def transposed_matrix(kernel, size, stride, padding):
         """Your matrix is transposed: it takes a picture to an output, so columns are pixels."""
         return _matrix(kernel, size, stride, padding).T
@@ -127,19 +127,19 @@ class AsMatrix(Mistakes, of="04-matrix"):
 
 
 def check_as_matrix(as_matrix: Student, seed: int = 2, size: int = 5) -> None:
-    """Check 4.2: the matrix of a convolution, entry by entry."""
+    """Check: the matrix of a convolution, entry by entry."""
     for places, stride, padding in ((2, 1, 0), (3, 2, 0), (3, 1, 1), (3, 2, 1)):
         given = (_random(seed, places, places) + 0.1, size, stride, padding)
         true, case = _matrix(*given), f"with stride {stride} and padding {padding}"
         answer = tensor(ask(as_matrix, *given, case=case), "as_matrix(...)")
-        wrong = [*known("04-matrix", given)][:-1]
+        wrong = [*known("convolution-matrix", given)][:-1]
         if answer.shape == true.shape and not torch.equal(answer != 0, true != 0):
             wrong.append((told(AsMatrix.gap_of_the_output_width), answer))
         compare(answer, true, f"the matrix {case}", wrong)
     right("One row for each position, one column for each pixel, and few different numbers.")
 
 
-class Glaring(Mistakes, of="04-glaring"):
+class Glaring(Mistakes, of="convolution-glaring"):
     def the_same_everywhere(x, size):
         """All your k have one sign, so all shares are positive: a mean of pixels between 0 and 1
         stays between 0 and 1."""
@@ -169,7 +169,7 @@ class Glaring(Mistakes, of="04-glaring"):
 
 
 def check_glaring(glaring: Student, seed: int = 3, size: int = 8) -> None:
-    """Check 4.3: an output gradient whose ratio no photograph could contain."""
+    """Check: an output gradient whose ratio no photograph could contain."""
     for places in (2, 3):
         x = _random(seed + places, size, size)
         k = tensor(ask(glaring, x, places), "glaring(...)")
@@ -191,7 +191,7 @@ def _count(c: int, f: int, u: int, s: int, p: int, n: int) -> tuple[int, int]:
     return f * c * u**2, min(f, ((n + 2 * p - u) // s + 1) ** 2, c * u**2)
 
 
-class Count(Mistakes, of="04-count"):
+class Count(Mistakes, of="convolution-count"):
     def channels_forgotten(c, f, u, s, p, n):
         """You forgot the channels: a patch is as deep as the picture has colours."""
         return _count(1, f, u, s, p, n)
@@ -241,12 +241,14 @@ PLANS = (
 
 
 def check_count(count: Student) -> None:
-    """Check 4.4: how many equations a gradient holds, and how many mixtures of patches."""
+    """Check: how many equations a gradient holds, and how many mixtures of patches."""
     answers = [pair(ask(count, *plan, case=f"for {plan}"), "count(...)") for plan in PLANS]
     for i, what in enumerate(("equations", "mixtures")):
         numbers = [int(tensor(both[i], "a count")) for both in answers]
         true = [_count(*plan)[i] for plan in PLANS]
-        for mistake in Mistakes.KNOWN["04-count"]:  # one that gives these numbers for every plan
+        for mistake in Mistakes.KNOWN[
+            "convolution-count"
+        ]:  # one that gives these numbers for every plan
             demand(numbers != [mistake(*plan)[i] for plan in PLANS] or numbers == true, mistake)
         for number, wanted, (c, f, u, s, p, n) in zip(numbers, true, PLANS, strict=True):
             demand(
@@ -262,7 +264,7 @@ def _alike(x: Tensor, active: Tensor, size: int) -> bool:
     return bool((patches == patches[0]).all())
 
 
-class TruePatch(Mistakes, of="04-true"):
+class TruePatch(Mistakes, of="convolution-true"):
     def one_position_or_one_colour(x, k, size):
         """The active patches lie apart, and are alike all the same: it is the patches that must
         agree, not their places."""
@@ -290,7 +292,7 @@ class TruePatch(Mistakes, of="04-true"):
 
 
 def check_is_true_patch(is_true_patch: Student, seed: int = 4) -> None:
-    """Check 4.5: when the ratio of a filter is a true piece of the picture."""
+    """Check: when the ratio of a filter is a true piece of the picture."""
     x, flat = _random(seed, 7, 7), torch.full((7, 7), 0.3, dtype=torch.float64)
     stripes, half = x[:, :2].repeat(1, 4)[:, :7], x.clone()
     half[:, :4] = 0.5

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 9, defense by design."""
+"""Checks of the exercises on defense by design."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _side(size: int, f: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - f) // stride + 1
 
 
-class MostFilters(Mistakes, of="09-most"):
+class MostFilters(Mistakes, of="design-most"):
     def repeated_equations_counted(c, size, f, stride, padding):
         """You count every equation as news. Between the two sets some repeat what others say, once
         for each pair of filters."""
@@ -69,16 +69,16 @@ FIRST_LAYERS = (
 def check_most_filters(
     most_filters: Student, cases: Sequence[tuple[int, int, int, int, int]] = FIRST_LAYERS
 ) -> None:
-    """Check 9.1: the largest number of filters with which a first layer must lack rank."""
+    """Check: the largest number of filters with which a first layer must lack rank."""
     for given in cases:
         c, size, f, stride, padding = given
         case = f"for {c}×{size}×{size}, a {f}×{f} kernel, stride {stride}, padding {padding}"
         true = gi.design.filter_bound(*given)
-        expect("09-most", most_filters, given, true, "the number of filters", case)
+        expect("design-most", most_filters, given, true, "the number of filters", case)
     right("Up to so many filters the first layer hides something, whatever stands above it.")
 
 
-class Another(Mistakes, of="09-another"):
+class Another(Mistakes, of="design-another"):
     def the_same_picture(W, K, x):
         """That is the picture itself, or nearly: move it by 1/2 at least, as its norm measures."""
         return x.clone()
@@ -103,7 +103,7 @@ class Another(Mistakes, of="09-another"):
 
 
 def check_another(another: Student, seed: int = 1) -> None:
-    """Check 9.2: a second picture with the same gradient in every layer."""
+    """Check: a second picture with the same gradient in every layer."""
     conv, head = nn.Conv2d(1, 2, 3, 2, 1), nn.Linear(32, 10)
     model = nn.Sequential(conv, nn.LeakyReLU(0.2), nn.Flatten(), head).double()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _likely(A: Tensor, b: Tensor, C: Tensor | None = None) -> Tensor:
     return C @ A.T @ torch.linalg.solve(A @ C @ A.T, b)
 
 
-class MostLikely(Mistakes, of="09-likely"):
+class MostLikely(Mistakes, of="design-likely"):
     def mean_not_taken_off_the_equations(A, b, mean, C):
         """You asked the prior to explain all of A x. It need only explain what A x has beyond what
         the mean picture would give."""
@@ -156,7 +156,7 @@ class MostLikely(Mistakes, of="09-likely"):
 
 
 def check_most_likely(most_likely: Student, seed: int = 2, rows: int = 6) -> None:
-    """Check 9.3: the most likely picture of all that fit."""
+    """Check: the most likely picture of all that fit."""
     pixels = rows + 4
     A, root = normal(seed, rows, pixels), normal(seed + 1, pixels, pixels)
     mean, x, C = normal(seed + 2, pixels), normal(seed + 3, pixels), root @ root.T
@@ -164,7 +164,7 @@ def check_most_likely(most_likely: Student, seed: int = 2, rows: int = 6) -> Non
     answer = tensor(ask(most_likely, *given), "the most likely picture")
     true = mean + _likely(A, A @ (x - mean), C)
     unfit = ("Your answer does not fit the equations: A x̂ is not what is known.", answer)
-    compare(answer, true, "the most likely picture", [*known("09-likely", given), unfit], 1e-7)
+    compare(answer, true, "the most likely picture", [*known("design-likely", given), unfit], 1e-7)
     right("It fits every equation, and fills in the rest as the other pictures suggest.")
 
 
@@ -192,7 +192,7 @@ def _front(
     return {n for n, a in scores.items() if not any(beaten(a, b) for b in scores.values())}
 
 
-class Front(Mistakes, of="09-front"):
+class Front(Mistakes, of="design-front"):
     def best_seed_for_mean(designs):
         """You took a design's best seed: the next client will not choose its seed by the test."""
         return _front(designs, merit=max)
@@ -230,13 +230,13 @@ DESIGNS: list[DesignRuns] = [
 
 
 def check_front(front: Student, shift: float = 0.0) -> None:
-    """Check 9.4: designs that no other beats in accuracy and in recovery both."""
+    """Check: designs that no other beats in accuracy and in recovery both."""
     designs = [(n, [a - shift for a in accuracies], db) for n, accuracies, db in DESIGNS]
     answer, names = ask(front, designs), {n for n, _, _ in designs}
     named = isinstance(answer, set | list | tuple) and set(answer) <= names
     demand(named, "Return the names of designs, as a set.")
     true, found = _front(designs), set(answer)
-    for hint, wrong in known("09-front", (designs,)):
+    for hint, wrong in known("design-front", (designs,)):
         demand(found == true or found != wrong, hint)
     demand(found == true, f"Of {len(names)} designs {len(found ^ true)} are misjudged.")
     right("The front says what there is to choose from; it does not choose.")
@@ -249,7 +249,7 @@ def _narrow(model: nn.Sequential, shape: tuple[int, ...], more: int = 0) -> bool
     return bool(first) and first[0].out_channels <= few + more
 
 
-class MustHide(Mistakes, of="09-hide"):
+class MustHide(Mistakes, of="design-hide"):
     def parameters_counted(model, shape):
         """Misjudged: {name}. The first layer has fewer equations than pixels, so it hides
         something, however wide, deep or rich in parameters the rest is."""
@@ -278,7 +278,7 @@ class MustHide(Mistakes, of="09-hide"):
 
 
 def check_must_hide(must_hide: Student, channels: int = 1, size: int = 8) -> None:
-    """Check 9.5: whether the count alone proves that a network hides part of its input."""
+    """Check: whether the count alone proves that a network hides part of its input."""
     few, shape = gi.design.filter_bound(channels, size, 3, 2, 1), (channels, size, size)
 
     def convolutions(*widths: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 11, defense by dropout."""
+"""Checks of the exercises on defense by dropout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _mask(seed: int, count: int, rate: float) -> Tensor:
     return places >= round(rate * count)
 
 
-class Features(Mistakes, of="11-features"):
+class Features(Mistakes, of="dropout-features"):
     def scale_left_in(G, b, rate):
         """Those are the features as the classifier met them: dropout scaled those that it kept,
         and the encoder's are asked."""
@@ -71,7 +71,7 @@ class Features(Mistakes, of="11-features"):
 
 
 def check_features(features: Student, seed: int = 1, count: int = 12) -> None:
-    """Check 11.1: the encoder's features and the mask, out of the classifier's gradient."""
+    """Check: the encoder's features and the mask, out of the classifier's gradient."""
     boolean = "The mask must be a tensor of bool, one entry for each feature."
     for rate in (0.25, 0.5, 0.75):
         a, kept, k = normal(seed, count), _mask(seed, count, rate), normal(seed + 1, 5)
@@ -79,7 +79,7 @@ def check_features(features: Student, seed: int = 1, count: int = 12) -> None:
         given, case = (torch.outer(k, a * kept / (1 - rate)), k, rate), f"at rate {rate}"
         first, mask = pair(ask(features, *given, case=case), "features and mask")
         found = tensor(first, "features")
-        wrong = ((hint, both[0]) for hint, both in known("11-features", given))
+        wrong = ((hint, both[0]) for hint, both in known("dropout-features", given))
         compare(torch.where(found.isnan(), 0, found), a * kept, f"the features {case}", wrong)
         demand(isinstance(mask, Tensor) and mask.dtype == torch.bool, boolean)
         demand(mask.shape != (5,), Features.rows_for_columns)
@@ -96,7 +96,7 @@ def _mismatch(model, x, label, observed, mask, last=0, graph=True):
     return sum((g - seen).square().sum() for g, seen in pairs)
 
 
-class Mismatch(Mistakes, of="11-mismatch"):
+class Mismatch(Mistakes, of="dropout-mismatch"):
     def mask_ignored(model, x, label, observed, mask):
         """You left the mask out: your attacker searches with the network that was not used."""
         return _mismatch(model, x, label, observed, torch.ones_like(mask))
@@ -121,7 +121,7 @@ class Mismatch(Mistakes, of="11-mismatch"):
 
 
 def check_mismatch(mismatch: Student, seed: int = 2) -> None:
-    """Check 11.2: the objective of gradient matching, with a mask or without one."""
+    """Check: the objective of gradient matching, with a mask or without one."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     with torch.no_grad():
         for number, p in enumerate(model.parameters()):
@@ -132,7 +132,7 @@ def check_mismatch(mismatch: Student, seed: int = 2) -> None:
     guess = (x + 0.3 * normal(seed + 8, *x.shape)).requires_grad_()
     true = _mismatch(model, guess, LABEL, observed, mask)
     given = (model, guess, LABEL, observed, mask)
-    answer = expect("11-mismatch", mismatch, given, true.detach(), "the objective")
+    answer = expect("dropout-mismatch", mismatch, given, true.detach(), "the objective")
     demand(isinstance(answer, Tensor) and answer.requires_grad, Mismatch.graph_not_kept)
     slopes = [torch.autograd.grad(v, guess, allow_unused=True)[0] for v in (answer, true)]
     same = slopes[0] is not None and torch.allclose(*slopes, rtol=1e-6)
@@ -152,7 +152,7 @@ def _solve(*parts: tuple[Tensor, Tensor]) -> Tensor:
     return torch.linalg.pinv(A) @ b
 
 
-class LeaveOut(Mistakes, of="11-leave-out"):
+class LeaveOut(Mistakes, of="dropout-leave-out"):
     def zeros_as_numbers(W, z, kept, K, g):
         """You took the zeros for numbers: a dropped feature's value is not zero, it is unknown,
         and its equation must go."""
@@ -177,15 +177,15 @@ class LeaveOut(Mistakes, of="11-leave-out"):
 
 
 def check_leave_out(leave_out: Student, seed: int = 3, pixels: int = 10) -> None:
-    """Check 11.3: least squares without the rows of dropped features."""
+    """Check: least squares without the rows of dropped features."""
     x, W, K = normal(seed, pixels), normal(seed + 1, 14, pixels), normal(seed + 2, 4, pixels)
     kept = _mask(seed, 14, 0.5)
     given = (W, (W @ x) * kept, kept, K, K @ x)
-    expect("11-leave-out", leave_out, given, x, "the picture", tolerance=1e-7)
+    expect("dropout-leave-out", leave_out, given, x, "the picture", tolerance=1e-7)
     right("Half the features were dropped, and the picture is exact: enough rows are left.")
 
 
-class Protecting(Mistakes, of="11-protecting"):
+class Protecting(Mistakes, of="dropout-protecting"):
     def exchanged():
         """The first is a number of filters, a whole number, at least 1; the second a rate."""
         return 0.5, 3
@@ -210,7 +210,7 @@ class Protecting(Mistakes, of="11-protecting"):
 
 
 def check_protecting(protecting: Student, seed: int = 4) -> None:
-    """Check 11.4: a layer that gives a picture away without dropout, and keeps it with."""
+    """Check: a layer that gives a picture away without dropout, and keeps it with."""
     filters, rate = pair(ask(protecting), "protecting()")
     numbers = isinstance(filters, int | float) and isinstance(rate, int | float)
     demand(numbers, "Return two numbers, the filters and the rate: `return filters, rate`.")
@@ -251,14 +251,14 @@ def _determined(filters: int, rate: float, seed: int) -> bool:
 
 
 def _rounds(place: str, p: float, hidden: float, redrawn: bool, count=None) -> float:
-    """Solve exercise 11.5, or count the rounds in another way."""
+    """Solve the exercise, or count the rounds in another way."""
     if place == "above" or p < hidden:
         return 0
     count = math.log(hidden) / math.log(p) if count is None else count
     return math.floor(count + 1e-9) if redrawn else math.inf
 
 
-class SafeRounds(Mistakes, of="11-rounds"):
+class SafeRounds(Mistakes, of="dropout-rounds"):
     def kept_for_dropped(place, p, hidden, redrawn):
         """You took the share that is kept for the share that is dropped."""
         return _rounds(place, p, hidden, redrawn, math.log(hidden) / math.log(1 - p))
@@ -303,10 +303,10 @@ ROUNDS = ((0.5, 0.1), (0.9, 0.5), (0.8, 0.3))
 def check_safe_rounds(
     safe_rounds: Student, cases: tuple[tuple[float, float], ...] = ROUNDS
 ) -> None:
-    """Check 11.5: for how many rounds a mask keeps a share of the pixels hidden."""
+    """Check: for how many rounds a mask keeps a share of the pixels hidden."""
     for p, hidden in cases:
         given, case = ("input", p, hidden, True), f"at rate {p}, {hidden:.0%} to stay hidden"
-        expect("11-rounds", safe_rounds, given, _rounds(*given), "the number of rounds", case)
+        expect("dropout-rounds", safe_rounds, given, _rounds(*given), "the number of rounds", case)
         stays = ask(safe_rounds, "input", p, hidden, False, case=case)
         demand(stays == math.inf, SafeRounds.fresh_masks_assumed)
         above = [ask(safe_rounds, "above", p, hidden, drawn, case=case) for drawn in (True, False)]

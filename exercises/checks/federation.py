@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 14, a real federation."""
+"""Checks of the exercises on a real federation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Weights = dict[str, Tensor]
 LOSS = nn.CrossEntropyLoss()
 
 
-class Gradient(Mistakes, of="14-gradient"):
+class Gradient(Mistakes, of="federation-gradient"):
     def sign_turned(sent, returned, rate, decay):
         """The sign is turned round: a step goes *against* the gradient."""
         return (returned - sent) / rate - decay * sent
@@ -76,12 +76,12 @@ class Gradient(Mistakes, of="14-gradient"):
 
 
 def check_gradient(gradient: Student, seed: int = 1) -> None:
-    """Check 14.1: what one step with decay was made of."""
+    """Check: what one step with decay was made of."""
     start, g = normal(seed, 4, 6), normal(seed + 1, 4, 6)
     for rate, decay in ((0.1, 0.0), (0.05, 0.3)):
         given = (start, start - rate * (g + decay * start), rate, decay)
         case = f"for a rate of {rate} and a decay of {decay}"
-        expect("14-gradient", gradient, given, g, "the gradient", case)
+        expect("federation-gradient", gradient, given, g, "the gradient", case)
     right("All of it was the server's own: the weights it sent, and the settings it chose.")
 
 
@@ -127,7 +127,7 @@ def _pictures(start, replies, layer="1", way=WAYS[0]) -> Tensor:
     return torch.stack([way(*_change(start, end, layer)) for end, _ in replies])
 
 
-class Curious(Mistakes, of="14-curious"):
+class Curious(Mistakes, of="federation-curious"):
     def plain_mean(start, replies):
         """Your new weights weigh every client alike. FedAvg weighs by the samples, and clients
         would notice a server that does not."""
@@ -177,7 +177,7 @@ class Curious(Mistakes, of="14-curious"):
 
 
 def check_curious(curious: Student, seed: int = 2) -> None:
-    """Check 14.2: a server that reads, and does its work."""
+    """Check: a server that reads, and does its work."""
     model, counts = _network(seed), [1, 3, 2, 5]
     pictures, labels = gi.data.digits(range(seed % 50, seed % 50 + 4), dtype=torch.float64)
     clients = zip(pictures, labels, counts, strict=True)
@@ -188,7 +188,7 @@ def check_curious(curious: Student, seed: int = 2) -> None:
     if isinstance(found, list | tuple):
         found = torch.stack([tensor(x, "a picture").flatten() for x in found])
     found = tensor(found, "the stack of pictures").reshape(len(found), -1)
-    wrong = [*known("14-curious", (start, replies))]
+    wrong = [*known("federation-curious", (start, replies))]
     demand(found.shape != (4, 40), Curious.gradient_of_the_wrong_layer)
     demand(found.isfinite().all(), Curious.dead_units_averaged)
     said = ((hint, both[0]) for hint, both in wrong)
@@ -204,7 +204,7 @@ def _combined(start, first, second, p, q, way):
     return way(*(p * a - q * b for a, b in changes))
 
 
-class Unmask(Mistakes, of="14-unmask"):
+class Unmask(Mistakes, of="federation-unmask"):
     def averages_subtracted(start, first, second, way=WAYS[0]):
         """You subtracted averages. They are of different numbers of samples: only sums can be
         taken from each other."""
@@ -233,14 +233,16 @@ class Unmask(Mistakes, of="14-unmask"):
 
 
 def check_unmask(unmask: Student, seed: int = 3) -> None:
-    """Check 14.3: the client who was in one secure sum, and not in the other."""
+    """Check: the client who was in one secure sum, and not in the other."""
     model, counts = _network(seed), [2, 1, 4, 3, 2]
     pictures, labels = gi.data.digits(range(60 + seed % 50, 65 + seed % 50), dtype=torch.float64)
     clients = zip(pictures, labels, counts, strict=True)
     replies = [(_trained(model, x, int(y), 1), n) for x, y, n in clients]
     sums = [(_average(some), sum(n for _, n in some)) for some in (replies, replies[:-1])]
     given = (_state(model), *sums)
-    wrong = [(told(m), m(*given, way=way)) for m in Mistakes.KNOWN["14-unmask"] for way in WAYS]
+    wrong = [
+        (told(m), m(*given, way=way)) for m in Mistakes.KNOWN["federation-unmask"] for way in WAYS
+    ]
     answer = tensor(ask(unmask, dict(given[0]), *((dict(w), c) for w, c in sums)), "the picture")
     compare(answer.flatten(), pictures[-1].flatten(), "the picture", wrong, tolerance=1e-6)
     right("Two sums that were each safe to see: together they are one client's update.")
@@ -250,7 +252,7 @@ def _audit(model, loss, data, **settings):
     return gi.federation.LeakAudit(model, loss, data, **{"seconds": 60, **settings})
 
 
-class Guarded(Mistakes, of="14-guarded"):
+class Guarded(Mistakes, of="federation-guarded"):
     def guard_inside_the_noise(model, loss, data, noise):
         """An update that the client's noise makes harmless was kept back: your guard judged what
         never leaves. The first mod of the list is the outermost, and sees the reply last."""
@@ -324,7 +326,7 @@ def _silent() -> Iterator[None]:
 
 
 def check_guarded(guarded: Student, seed: int = 4) -> None:
-    """Check 14.4: a guard that judges what leaves, in a federation of Flower's."""
+    """Check: a guard that judges what leaves, in a federation of Flower's."""
     model = gi.models.mlp([64, 40, 10], generator=torch.Generator().manual_seed(seed))
     pictures, labels = gi.data.digits(range(seed % 50, seed % 50 + 3))
 
@@ -403,7 +405,7 @@ class Round:
 
 
 def _learned(r: Round, noise=("client",), colluding=True, samples=True) -> str:
-    """Solve exercise 14.5, with something believed or forgotten."""
+    """Solve the exercise, with something believed or forgotten."""
     if r.noise_at in noise and r.epsilon <= 1:
         return "nothing shown"
     together = r.clients - (r.colluding if colluding else 0) if r.secure else 1
@@ -413,7 +415,7 @@ def _learned(r: Round, noise=("client",), colluding=True, samples=True) -> str:
     return "what" if together > 1 else "whose"
 
 
-class Learns(Mistakes, of="14-learns"):
+class Learns(Mistakes, of="federation-learns"):
     def noise_of_the_server_trusted(r):
         """“{name}”: not “{said}”. Think again: that noise is added after the server has seen each
         update."""
@@ -450,7 +452,7 @@ class Learns(Mistakes, of="14-learns"):
 
 
 def check_learns(learns: Student, seed: int = 5) -> None:
-    """Check 14.5: what the server can read in a round, and of whom."""
+    """Check: what the server can read in a round, and of whom."""
     n = int(torch.randint(0, 20, (), generator=torch.Generator().manual_seed(seed)))
     again, none = "“{name}”: not “{said}”. Think again: ", "nothing shown"
     plain = again + "nothing stands between the server and this update."

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 2, fully connected networks."""
+"""Checks of the exercises on fully connected networks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _slopes(z: Tensor, label: int) -> Tensor:
     return k
 
 
-class Gradients(Mistakes, of="02-gradients"):
+class Gradients(Mistakes, of="fully_connected-gradients"):
     def label_forgotten(W, b, x, label):
         """Your k is the softmax alone: all its entries are positive, so training would lower every
         output. Which output should rise?"""
@@ -76,16 +76,22 @@ class Gradients(Mistakes, of="02-gradients"):
 def check_dense_gradients(
     dense_gradients: Student, seed: int = 1, outputs: int = 4, pixels: int = 6
 ) -> None:
-    """Check 2.1: both gradients of a dense layer under cross-entropy, by hand."""
+    """Check: both gradients of a dense layer under cross-entropy, by hand."""
     W, b, x = _layer(seed, outputs, pixels)
     parts = ("the weight gradient", "the bias gradient")
     for label in range(outputs):
         k = _slopes(W @ x + b, label)
-        expect("02-gradients", dense_gradients, (W, b, x, label), (torch.outer(k, x), k), parts)
+        expect(
+            "fully_connected-gradients",
+            dense_gradients,
+            (W, b, x, label),
+            (torch.outer(k, x), k),
+            parts,
+        )
     right("The weight gradient is an outer product: every row is the same picture.")
 
 
-class Combine(Mistakes, of="02-combine"):
+class Combine(Mistakes, of="fully_connected-combine"):
     def mean_of_living_rows(G, k):
         """You averaged the rows' answers. A row with a tiny k divides its noise by almost nothing,
         and the plain mean gives it a vote like any other."""
@@ -133,7 +139,7 @@ class Combine(Mistakes, of="02-combine"):
 
 
 def check_combine(combine: Student, seed: int = 2, outputs: int = 12, pixels: int = 30) -> None:
-    """Check 2.2: the best picture out of all rows under noise."""
+    """Check: the best picture out of all rows under noise."""
     g = torch.Generator().manual_seed(seed)
     errors = []
     for sigma in (0.0, *[0.15] * 15):
@@ -144,7 +150,7 @@ def check_combine(combine: Student, seed: int = 2, outputs: int = 12, pixels: in
         G, k = torch.outer(k, x) + noise[:, :-1], k + noise[:, -1]
         answer = tensor(ask(combine, G, k, case=f"for noise of {sigma:g}"), "combine(...)")
         demand(answer.isfinite().all() or sigma, Combine.mean_of_all_rows)
-        for hint, wrong in known("02-combine", (G, k)) if sigma else ():
+        for hint, wrong in known("fully_connected-combine", (G, k)) if sigma else ():
             demand(min(distance(s * answer, wrong) for s in (1, -1)) > 1e-9, hint)
         demand(answer.shape == x.shape, f"A picture has shape {tuple(x.shape)}.")
         best = gi.fully_connected.recover_input(G, k)
@@ -172,7 +178,7 @@ def _length(W: Tensor, v: Tensor, c: Tensor, label: int) -> Tensor:
     return torch.log(c[i] / c[j]) / ((W[i] - W[j]) @ v)
 
 
-class WithoutBias(Mistakes, of="02-softmax"):
+class WithoutBias(Mistakes, of="fully_connected-softmax"):
     def direction_for_input(W, G):
         """That is the direction without its length: the softmax knows the length too."""
         v, _, label = _direction(G)
@@ -218,7 +224,7 @@ class WithoutBias(Mistakes, of="02-softmax"):
 def check_recover_without_bias(
     recover_without_bias: Student, seed: int = 3, outputs: int = 5, pixels: int = 20
 ) -> None:
-    """Check 2.3: picture and label out of a bias-free layer under cross-entropy."""
+    """Check: picture and label out of a bias-free layer under cross-entropy."""
     labels = []
     for case in range(8):
         W, _, x = _layer(seed + 10 * case, outputs, pixels)
@@ -228,7 +234,7 @@ def check_recover_without_bias(
         picture, found = pair(ask(recover_without_bias, *given), "recover_without_bias(...)")
         finite = tensor(picture, "the picture").isfinite().all()
         demand(finite, WithoutBias.label_row_in_the_ratio)
-        wrong = ((hint, both[0]) for hint, both in known("02-softmax", given))
+        wrong = ((hint, both[0]) for hint, both in known("fully_connected-softmax", given))
         compare(picture, x, "the picture", wrong, tolerance=1e-6)
         labels.append((int(tensor(found, "the label")), label, int((W @ x).argmax())))
     predicted = all(found == likeliest for found, _, likeliest in labels)
@@ -238,7 +244,7 @@ def check_recover_without_bias(
     right("Length and label, without a bias anywhere.")
 
 
-class Twin(Mistakes, of="02-twin"):
+class Twin(Mistakes, of="fully_connected-twin"):
     def the_picture_itself(w, x):
         """That is the same picture again. Its twin is another one."""
         return x.clone()
@@ -265,7 +271,7 @@ class Twin(Mistakes, of="02-twin"):
 
 
 def check_twin(twin: Student, seed: int = 4, pixels: int = 10) -> None:
-    """Check 2.4: another picture with the very same gradient, under the logistic loss."""
+    """Check: another picture with the very same gradient, under the logistic loss."""
     W, _, x = _layer(seed, 1, pixels)
     for margin in (2.5, 0.5, 4.0):
         w = W[0] * (margin / (W[0] @ x))
@@ -284,7 +290,7 @@ def check_twin(twin: Student, seed: int = 4, pixels: int = 10) -> None:
     right("Two pictures, one gradient: nobody can tell which of them was sent.")
 
 
-class WhatLeaks(Mistakes, of="02-leaks"):
+class WhatLeaks(Mistakes, of="fully_connected-leaks"):
     def first_bias_only(biases, outputs, loss):
         """A bias in layer {place} of {count}, none elsewhere, and you say that not all of the
         input leaks. Is one layer with a bias enough?"""
@@ -325,7 +331,7 @@ class WhatLeaks(Mistakes, of="02-leaks"):
 
 
 def check_what_leaks(what_leaks: Student) -> None:
-    """Check 2.5: what one sample's gradient gives away, told before any data is sent."""
+    """Check: what one sample's gradient gives away, told before any data is sent."""
     none = [False]
 
     def bias(place: int, count: int) -> str:

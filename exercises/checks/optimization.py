@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 8, attacks by optimisation."""
+"""Checks of the exercises on attacks by optimisation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _objectives(sent, guessed, x, alpha):
     return distance, 1 - cosine + alpha * variation
 
 
-class Objectives(Mistakes, of="08-objectives"):
+class Objectives(Mistakes, of="optimization-objectives"):
     def distance_undivided(sent, guessed, x, alpha):
         """Your distance is not divided by anything: it should be 1 for a guess whose gradient is
         zero."""
@@ -116,12 +116,12 @@ class Objectives(Mistakes, of="08-objectives"):
 
 
 def check_objectives(objectives: Student, seed: int = 1, size: int = 6) -> None:
-    """Check 8.1: what DLG and what Inverting Gradients descend."""
+    """Check: what DLG and what Inverting Gradients descend."""
     sent = [(i + 1) * normal(seed + i, *s) for i, s in enumerate([(4, 3, 2, 2), (4,), (10, 16)])]
     guessed = [g + 0.5 * normal(seed + 9 + i, *g.shape) for i, g in enumerate(sent)]
     given = (sent, guessed, normal(seed + 20, 1, 1, size, size + 1), 0.3)
     parts = ("DLG's objective", "the objective of Inverting Gradients")
-    expect("08-objectives", objectives, given, _objectives(*given), parts)
+    expect("optimization-objectives", objectives, given, _objectives(*given), parts)
     right("One asks for the gradient, the other for its direction and a smooth picture.")
 
 
@@ -133,7 +133,7 @@ def _greedy(rest: Tensor, samples: int, back: float) -> list[int]:
     return sorted(found)
 
 
-class Labels(Mistakes, of="08-labels"):
+class Labels(Mistakes, of="optimization-labels"):
     def lowest_entries(b, p, samples):
         """You name each class once. Several samples may share a label: what becomes of an entry
         when one of its labels has been taken account of?"""
@@ -168,7 +168,7 @@ class Labels(Mistakes, of="08-labels"):
 
 
 def check_labels(labels: Student, seed: int = 2, samples: int = 8) -> None:
-    """Check 8.2: the labels of a batch, from the last bias gradient."""
+    """Check: the labels of a batch, from the last bias gradient."""
     classes = 6
     g = torch.Generator().manual_seed(seed)
     bias = torch.tensor([2.2, 0.2, -0.4, 0.0, 0.5, -1.0], dtype=torch.float64)
@@ -180,7 +180,7 @@ def check_labels(labels: Student, seed: int = 2, samples: int = 8) -> None:
         found = [int(value) for value in answer]
     except (TypeError, ValueError):
         found = []
-    for hint, wrong in known("08-labels", given):
+    for hint, wrong in known("optimization-labels", given):
         demand(sorted(found) != wrong or wrong == true, hint)
     demand(len(set(found)) > 1 or len(found) != samples, Labels.pull_not_given_back)
     listed = f"Return {samples} whole numbers, one label for each sample, in ascending order."
@@ -234,7 +234,7 @@ def _objective(run: Run) -> float:
     return run.objective
 
 
-class Contest(Mistakes, of="08-contest"):
+class Contest(Mistakes, of="optimization-contest"):
     def one_start_for_the_rivals(search, starts):
         """{first} had {more} starts and {second} {fewer}: more tries alone make an attack look
         better. Give all the same starts."""
@@ -269,7 +269,7 @@ class Contest(Mistakes, of="08-contest"):
 
 
 def check_contest(contest: Student, seed: int = 3, runs: int = 6) -> None:
-    """Check 8.3: three attacks on one gradient, compared fairly."""
+    """Check: three attacks on one gradient, compared fairly."""
     searches, starts = Searches(seed), list(range(runs))
     answer = ask(contest, searches.run, list(starts))
     one_each = f"Return a dictionary with one picture for each of the methods {', '.join(METHODS)}."
@@ -298,7 +298,7 @@ def check_contest(contest: Student, seed: int = 3, runs: int = 6) -> None:
     right(f"{runs} starts for each, and only what the attacker sees decides.")
 
 
-class Another(Mistakes, of="08-another"):
+class Another(Mistakes, of="optimization-another"):
     def twice_as_bright(x):
         """Your picture leaves [0, 1]: from {low:.2f} to {high:.2f}."""
         return 2 * x
@@ -335,7 +335,7 @@ def _gradient(weights: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
 
 
 def check_another(another: Student, seed: int = 4, size: int = 8) -> None:
-    """Check 8.4: two pictures that the cosine cannot tell apart."""
+    """Check: two pictures that the cosine cannot tell apart."""
     x = 0.2 + 0.6 * normal(seed, size, size).sigmoid()
     weights = normal(seed + 1, 30, size**2) / size, normal(seed + 2, 1, 30) / 5
     found = tensor(ask(another, x), "your picture")
@@ -389,13 +389,13 @@ class Claim:
 
 
 def _stands(c: Claim, **overlooked: object) -> bool:
-    """Solve exercise 8.5, with some facts replaced by others."""
+    """Solve the exercise, with some facts replaced by others."""
     c = replace(c, **overlooked)
     honest = c.same_update and c.starts <= c.rival_starts and c.chosen_by == "objective"
     return honest and c.psnr > max(c.rival_psnr, c.mean_psnr, c.nearest_psnr)
 
 
-class Stands(Mistakes, of="08-stands"):
+class Stands(Mistakes, of="optimization-stands"):
     def rival_forgotten(c):
         """The rival's figure is higher, and you let the claim stand."""
         return _stands(c, rival_psnr=0)
@@ -429,7 +429,7 @@ class Stands(Mistakes, of="08-stands"):
 
 
 def check_stands(stands: Student, seed: int = 5) -> None:
-    """Check 8.5: whether a comparison of two attacks means anything."""
+    """Check: whether a comparison of two attacks means anything."""
     shift = float(normal(seed, 1).abs())
     fair = Claim(25 + shift, 22 + shift, 12, 19, "objective", "objective", 6, 6, True)
     sound = "Same gradient, same starts, nobody peeked, and both baselines are beaten: it stands."

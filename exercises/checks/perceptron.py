@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 1, the perceptron."""
+"""Checks of the exercises on the perceptron."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _neuron(seed: int, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
     return W, b, torch.rand(pixels, generator=g, dtype=torch.float64)
 
 
-class Gradients(Mistakes, of="01-gradients"):
+class Gradients(Mistakes, of="perceptron-gradients"):
     def slope_of_the_squared_error(W, b, x, y, factor=1):
         """That is the slope of a squared error, a multiple of z − y. Here the loss is
         log(1 + exp z) − y z: differentiate that."""
@@ -69,16 +69,18 @@ class Gradients(Mistakes, of="01-gradients"):
 
 
 def check_gradients(gradients: Student, seed: int = 1, pixels: int = 3) -> None:
-    """Check 1.1: both gradients of the logistic loss of one neuron, by hand."""
+    """Check: both gradients of the logistic loss of one neuron, by hand."""
     W, b, x = _neuron(seed, pixels)
     parts = ("the weight gradient", "the bias gradient")
     for y in (0.0, 1.0):
         k = (W @ x + b).sigmoid() - y
-        expect("01-gradients", gradients, (W, b, x, y), (k * x, k), parts, f"for label {y:g}")
+        expect(
+            "perceptron-gradients", gradients, (W, b, x, y), (k * x, k), parts, f"for label {y:g}"
+        )
     right("One number k, and the weight gradient is the picture times it.")
 
 
-class Recover(Mistakes, of="01-recover"):
+class Recover(Mistakes, of="perceptron-recover"):
     def fraction_upside_down(W, b, G, k):
         """The fraction is upside down: which of the two gradients holds the picture times k?"""
         return k / G, 1.0
@@ -117,18 +119,18 @@ class Recover(Mistakes, of="01-recover"):
 
 
 def check_recover(recover: Student, seed: int = 2, pixels: int = 12) -> None:
-    """Check 1.2: picture and label of one neuron with the logistic loss."""
+    """Check: picture and label of one neuron with the logistic loss."""
     W, b, x = _neuron(seed, pixels)
     for y in (1.0, 0.0):
         for bias in (b, -b, b - 6):
             k = (W @ x + bias).sigmoid() - y
             given, parts = (W, bias, k * x, k), ("the picture", "the label")
-            picture, _ = expect("01-recover", recover, given, (x, y), parts, tolerance=1e-6)
+            picture, _ = expect("perceptron-recover", recover, given, (x, y), parts, tolerance=1e-6)
             compare(picture, x, "the picture")
     right("The picture by one division, and then the label, since nothing else is left unknown.")
 
 
-class LabelsFor(Mistakes, of="01-labels"):
+class LabelsFor(Mistakes, of="perceptron-labels"):
     def shares_for_labels(z, shares):
         """You returned the shares themselves. A share is made of slopes k = z − y: which labels
         give these slopes?"""
@@ -155,7 +157,7 @@ class LabelsFor(Mistakes, of="01-labels"):
 
 
 def check_labels_for(labels_for: Student, seed: int = 3, pixels: int = 8) -> None:
-    """Check 1.3: labels that make the ratio of a batch any mixture one likes."""
+    """Check: labels that make the ratio of a batch any mixture one likes."""
     W, b, _ = _neuron(seed, pixels)
     g = torch.Generator().manual_seed(seed + 1)
     pictures = torch.rand(2, pixels, generator=g, dtype=torch.float64)
@@ -188,7 +190,7 @@ def _mixed(W: Tensor, b: Tensor, pictures: Tensor, labels: Tensor) -> Tensor:
     return gi.perceptron.recover_input(sent["weight"][0], sent["bias"][0])
 
 
-class Training(Mistakes, of="01-training"):
+class Training(Mistakes, of="perceptron-training"):
     def weights_for_differences(W, b, V, c):
         """You divided the weights themselves. They hold your own numbers; what the client changed
         holds the picture."""
@@ -239,12 +241,20 @@ class Training(Mistakes, of="01-training"):
 def check_recover_from_training(
     recover_from_training: Student, seed: int = 4, pixels: int = 16, steps: int = 50
 ) -> None:
-    """Check 1.4: the picture out of the weights before and after local training."""
+    """Check: the picture out of the weights before and after local training."""
     W, b, x = _neuron(seed, pixels)
     for momentum in (0.0, 0.9):
         given = (W, b, *_trained(W, b, x, steps, momentum))
         case = f"after {steps} steps with momentum {momentum:g}"
-        expect("01-training", recover_from_training, given, x, "the picture", case, tolerance=1e-7)
+        expect(
+            "perceptron-training",
+            recover_from_training,
+            given,
+            x,
+            "the picture",
+            case,
+            tolerance=1e-7,
+        )
     right(f"{steps} steps, any momentum: both differences are sums with the same factors.")
 
 
@@ -258,7 +268,7 @@ def _trained(W: Tensor, b: Tensor, x: Tensor, steps: int, momentum: float) -> tu
     return W, b
 
 
-class Leaks(Mistakes, of="01-leaks"):
+class Leaks(Mistakes, of="perceptron-leaks"):
     def small_means_safe(G, k, sigma):
         """A bias gradient of 1e-30 without noise, and you say that it hides the picture. Rounding
         keeps the leading digits of a small number as of a large one: the division brings them
@@ -285,7 +295,7 @@ class Leaks(Mistakes, of="01-leaks"):
 
 
 def check_leaks(leaks: Student, seed: int = 5) -> None:
-    """Check 1.5: whether a noisy gradient gives its picture to within a tenth."""
+    """Check: whether a noisy gradient gives its picture to within a tenth."""
     x = _neuron(seed, 100)[2]
     clean = "One clean division gives the picture, and you say that it does not."
     cases = [

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 7, rank."""
+"""Checks of the exercises on rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _at(filter_: int, values: Tensor, like: Tensor) -> Tensor:
     return placed
 
 
-class SameTwice(Mistakes, of="07-twice"):
+class SameTwice(Mistakes, of="rank-twice"):
     def each_at_its_own_filter(W, k, f, other):
         """Your numbers stand at the wrong filter. A combination of the weight constraints of one
         filter must be zero at the outputs of all others."""
@@ -66,7 +66,7 @@ class SameTwice(Mistakes, of="07-twice"):
 
 
 def check_same_twice(same_twice: Student, seed: int = 1, channels: int = 2, size: int = 6) -> None:
-    """Check 7.1: one equation that is in both sets."""
+    """Check: one equation that is in both sets."""
     W, k = normal(seed, 3, channels, 3, 3), normal(seed + 1, 3, size - 2, size - 2)
     pictures = normal(seed + 2, 3, channels, size, size)
     patches = pictures.unfold(2, 3, 1).unfold(3, 3, 1)
@@ -79,7 +79,7 @@ def check_same_twice(same_twice: Student, seed: int = 1, channels: int = 2, size
             f"The first must have the shape of k, {tuple(k.shape)}, the second that of the weight, "
             f"{tuple(W.shape)}.",
         )
-        for hint, wrong in known("07-twice", given) if f != other else ():
+        for hint, wrong in known("rank-twice", given) if f != other else ():
             demand(not (torch.equal(outputs, wrong[0]) and torch.equal(weights, wrong[1])), hint)
         one = (conv2d(pictures, W) * outputs).sum((1, 2, 3))
         two = torch.einsum("fcuv,fij,ncijuv->n", weights, k, patches)
@@ -117,7 +117,7 @@ def _law(
     return min(channels * size**2, total) if cap else total
 
 
-class Law(Mistakes, of="07-law"):
+class Law(Mistakes, of="rank-law"):
     def more_rank_than_unknowns(*size):
         """{size}: you say that rank is {answer}, and there are only {unknowns} unknowns."""
         return _law(*size, cap=False)
@@ -151,7 +151,7 @@ class Law(Mistakes, of="07-law"):
 
 
 def check_law(law: Student, seed: int = 2) -> None:
-    """Check 7.2: the rank law of a convolution."""
+    """Check: the rank law of a convolution."""
     sizes = [(3, 8, 2, 3, 1), (8, 9, 8, 3, 2), (2, 9, 6, 3, 2), (2, 8, 20, 3, 1)]
     g = torch.Generator().manual_seed(seed)
     while len(sizes) < 24:
@@ -173,14 +173,14 @@ def check_law(law: Student, seed: int = 2) -> None:
         if answer != true:
             facts = {"size": f"W{case}", "answer": answer, "unknowns": channels * pixels**2}
             demand(answer <= facts["unknowns"], Law.more_rank_than_unknowns, **facts)
-            for hint, wrong in known("07-law", size):
+            for hint, wrong in known("rank-law", size):
                 demand(answer != wrong, hint, **facts)
             other = "{size}: {answer} is not the rank. Go through the law's three terms one by one."
             refuse(other, **facts)
     right("Three terms and a minimum, and no matrix was formed.")
 
 
-class Share(Mistakes, of="07-share"):
+class Share(Mistakes, of="rank-share"):
     def pseudoinverse_on_the_right(A):
         """One number for each pixel; you have one for each equation. Which side of A must its
         pseudoinverse stand on?"""
@@ -219,14 +219,14 @@ class Share(Mistakes, of="07-share"):
 
 
 def check_share(share: Student, seed: int = 3, pixels: int = 9) -> None:
-    """Check 7.3: how much of each pixel a layer's equations determine."""
+    """Check: how much of each pixel a layer's equations determine."""
     wide = normal(seed, 5, pixels)
     wide[:, -1] = 0.0
     wide[:3, 0] = 0.0
     dependent = torch.cat([wide, wide[:2] - wide[2:4], 3 * wide[:2] + wide[3:5], wide[:3]])
     for A, case in ((wide, "for 5 equations"), (dependent, "for equations that repeat others")):
         true = (torch.linalg.pinv(A, rtol=1e-10) @ A).diag()
-        expect("07-share", share, (A,), true, "the map", case)
+        expect("rank-share", share, (A,), true, "the map", case)
     right("The entries add up to the rank: a number for the picture became a map of it.")
 
 
@@ -235,7 +235,7 @@ _POOLED = [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 200), nn.Tanh(), nn.Line
 _COARSE = [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 10)]
 
 
-class Misjudged(Mistakes, of="07-misjudged"):
+class Misjudged(Mistakes, of="rank-misjudged"):
     def the_other_order():
         """Return two networks (nn.Module): the talkative one and the silent one, in this order."""
         return nn.Sequential(*_POOLED), nn.Sequential(*_ONE)
@@ -263,7 +263,7 @@ class Misjudged(Mistakes, of="07-misjudged"):
 
 
 def check_misjudged(misjudged: Student, seed: int = 4) -> None:
-    """Check 7.4: two networks whose numbers of parameters mislead."""
+    """Check: two networks whose numbers of parameters mislead."""
     nets = pair(ask(misjudged), "misjudged()")
     demand(all(isinstance(net, nn.Module) for net in nets), Misjudged.the_other_order)
     few, many = (sum(p.numel() for p in net.parameters()) for net in nets)
@@ -355,7 +355,7 @@ def _part(r: Report) -> float:
     return r.jacobian_rank / r.unknowns
 
 
-class Verdict(Mistakes, of="07-verdict"):
+class Verdict(Mistakes, of="rank-verdict"):
     def equations_counted(r):
         """You counted equations: one layer has more of them than unknowns here, and its rank is
         still too small for a walk."""
@@ -394,7 +394,7 @@ class Verdict(Mistakes, of="07-verdict"):
 
 
 def check_verdict(verdict: Student, seed: int = 5) -> None:
-    """Check 7.5: from an audit to a verdict on two kinds of attack."""
+    """Check: from an audit to a verdict on two kinds of attack."""
     g = torch.Generator().manual_seed(seed)
     n = int(torch.randint(20, 60, (), generator=g)) * 4
     low, third = n // 4, (3 * n, n - 5, 9 * n)

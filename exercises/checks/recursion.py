@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 6, recursion."""
+"""Checks of the exercises on recursion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from .verdict import (
     known,
     normal,
     pair,
-    refuse,
     right,
     tensor,
 )
@@ -46,7 +45,7 @@ def _step(W: Tensor, k: Tensor, a: Tensor, name: str) -> tuple[Tensor, Tensor, T
     return (W.T @ k) * slope, z, mask
 
 
-class StepDown(Mistakes, of="06-step"):
+class StepDown(Mistakes, of="recursion-step"):
     def transposed_weight(W, k, a, name):
         """You multiplied by W where k must go the other way: from the outputs back to the inputs.
         Which index is summed?"""
@@ -141,7 +140,7 @@ class StepDown(Mistakes, of="06-step"):
 
 
 def check_step_down(step_down: Student, seed: int = 1, units: int = 7) -> None:
-    """Check 6.1: the output gradient, handed one layer down, and an activation undone."""
+    """Check: the output gradient, handed one layer down, and an activation undone."""
     z = normal(seed + 2, units)
     activations = {"leaky_relu": z * _slopes(z), "tanh": z.tanh(), "sigmoid": z.sigmoid()}
     three = "Return three things: the output gradient below, z below, and the mask."
@@ -151,7 +150,7 @@ def check_step_down(step_down: Student, seed: int = 1, units: int = 7) -> None:
             given = (W, k, a, name)
             answer = ask(step_down, *given, case=f"for {name}")
             demand(isinstance(answer, tuple | list) and len(answer) == 3, three)
-            wrong = [*known("06-step", given)]
+            wrong = [*known("recursion-step", given)]
             below = f"the output gradient below {name}"
             compare(answer[0], _step(*given)[0], below, ((hint, w[0]) for hint, w in wrong))
             mask = tensor(answer[2], "the mask") != 0
@@ -179,7 +178,7 @@ def _walk(weights, gradients, slope=0.2, shift=0, power=2, bottom=0):
     return x, top.targets[0]
 
 
-class Walk(Mistakes, of="06-walk"):
+class Walk(Mistakes, of="recursion-walk"):
     def slopes_left_out(weights, gradients):
         """You handed k through the layer, but not through the activation below it."""
         return _walk(weights, gradients, slope=1.0)
@@ -212,14 +211,14 @@ class Walk(Mistakes, of="06-walk"):
 
 
 def check_walk(walk: Student, seed: int = 3, units: int = 12, depth: int = 3) -> None:
-    """Check 6.2: picture and label through a bias-free network."""
+    """Check: picture and label through a bias-free network."""
     for label in (2, 0):
         sizes = [units] * (depth + 1) + [6]
         weights = [normal(seed + i, m, n) / n**0.5 for i, (n, m) in enumerate(pairwise(sizes))]
         x = normal(seed + 99, units).abs()
         given = (weights, _gradients(weights, x, label))
         picture, found = pair(ask(walk, *given), "walk(...)")
-        wrong = ((hint, both[0]) for hint, both in known("06-walk", given))
+        wrong = ((hint, both[0]) for hint, both in known("recursion-walk", given))
         compare(picture, x, "the picture", wrong, tolerance=1e-6)
         demand(int(tensor(found, "the label")) == label, Walk.label_guessed)
     right(f"Through {depth + 1} layers without a bias, and nobody told you the label.")
@@ -232,82 +231,6 @@ def _gradients(weights: list[Tensor], x: Tensor, label: int) -> list[Tensor]:
         x = w @ (x if layer == 0 else nn.functional.leaky_relu(x, 0.2))
     loss = nn.functional.cross_entropy(x[None], torch.tensor([label]))
     return list(torch.autograd.grad(loss, leaves))
-
-
-class Design(Mistakes, of="06-design"):
-    def a_real_network():
-        """Return two whole numbers from 1 to 8: the filters of the first layer and of the
-        second."""
-        return 12, 36
-
-    def plenty_of_filters():
-        """With {first} and {second} filters the second layer has full rank: no analysis would call
-        it safe. Take filters away, or make its input larger."""
-        return 2, 8
-
-    def hardly_any_filters():
-        """With {first} and {second} filters the whole gradient leaves {open} directions of the
-        picture open: this network is safe from one gradient of one sample. Find one that only
-        looks so."""
-        return 2, 1
-
-    def too_few_to_count():
-        """The second layer has {equations} equations for {unknowns} unknowns: a count already says
-        that it lacks some. Find one where the count is content, the rank is not, and the picture
-        falls all the same."""
-        return 2, 2
-
-
-def check_design(design: Student, seed: int = 4) -> None:
-    """Check 6.3: a layer that lacks rank in a network that does not."""
-    first, second = answer = pair(ask(design), "design()")
-    demand(all(isinstance(n, int) and 1 <= n <= 8 for n in answer), Design.a_real_network)
-    model, x = _two_layers(first, second, seed), normal(seed + 9, 1, 1, 8, 8).abs()
-    equations, unknowns, rank = _second_layer(model, x)
-    facts = {"first": first, "second": second, "equations": equations, "unknowns": unknowns}
-    demand(rank < unknowns, Design.plenty_of_filters, **facts)
-    open_ = x.numel() - _whole_rank(model, x)
-    demand(open_ == 0, Design.hardly_any_filters, **facts, open=open_)
-    demand(equations >= unknowns, Design.too_few_to_count, **facts)
-    right(
-        f"{equations} equations, rank {rank} for {unknowns} unknowns, and yet the whole gradient "
-        "determines every pixel: a layer without rank is not a safe network."
-    )
-
-
-def _two_layers(first: int, second: int, seed: int) -> nn.Sequential:
-    """The network of exercise 6.4, with weights of its own generator."""
-    one = nn.Conv2d(1, first, 3, 1, 1, bias=False)
-    two = nn.Conv2d(first, second, 3, 2, 1, bias=False)
-    head = nn.Linear(16 * second, 10, bias=False)
-    model = nn.Sequential(one, nn.LeakyReLU(0.2), two, nn.LeakyReLU(0.2), nn.Flatten(), head)
-    with torch.no_grad():
-        for place, parameter in enumerate(model.double().parameters()):
-            parameter.copy_(normal(seed + place, *parameter.shape) / parameter[0].numel() ** 0.5)
-    return model
-
-
-def _second_layer(model: nn.Sequential, x: Tensor) -> tuple[int, int, int]:
-    inner = model[:2](x).detach()
-    z = model[2](inner).detach().requires_grad_()
-    loss = nn.functional.cross_entropy(model[3:](z), torch.tensor([3]))
-    (k,) = torch.autograd.grad(loss, z)
-    matrix = gi.systems.LayerSystem(model[2], k, tuple(inner.shape[1:])).to_dense(scaled=True)
-    return (*matrix.shape, int(torch.linalg.matrix_rank(matrix, rtol=1e-10)))
-
-
-def _whole_rank(model: nn.Sequential, x: Tensor) -> int:
-    """Rank of the derivative of the whole gradient with respect to the picture."""
-    x = x.clone().requires_grad_()
-    loss = nn.functional.cross_entropy(model(x), torch.tensor([3]))
-    sent = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
-    parts = []
-    for gradient in sent:
-        flat = gradient.flatten()
-        every = torch.eye(len(flat), dtype=flat.dtype)
-        (rows,) = torch.autograd.grad(flat, x, every, retain_graph=True, is_grads_batched=True)
-        parts.append(rows.flatten(1) / gradient.detach().abs().max())
-    return int(torch.linalg.matrix_rank(torch.cat(parts), rtol=1e-10))
 
 
 @dataclass(frozen=True)
@@ -351,7 +274,7 @@ def _small(a: Account, rounding: float | None = None) -> bool:
     return max(a.residuals) <= rounding and a.mismatch <= rounding
 
 
-class MayTrust(Mistakes, of="06-trust"):
+class MayTrust(Mistakes, of="recursion-trust"):
     def float64_equality_for_float32(a):
         """These gradients were float32, so 1e-7 is rounding, and you take it for an error. Measure
         what is left by the precision that was sent."""
@@ -381,7 +304,7 @@ class MayTrust(Mistakes, of="06-trust"):
 
 
 def check_may_trust(may_trust: Student, seed: int = 5) -> None:
-    """Check 6.4: from the account of a recovery to a verdict."""
+    """Check: from the account of a recovery to a verdict."""
     double, single = (torch.finfo(t).eps for t in (torch.float64, torch.float32))
     full, tiny = (True,) * 3, (1e-15, 1e-14, 3e-14)
     middle, coarse = (1e-15, 0.02, 1e-14), (1e-8, 2e-7, 3e-7)
@@ -411,128 +334,3 @@ def _recovered(dtype: torch.dtype, outputs: int, seed: int) -> Account:
     loss: nn.Module = nn.BCEWithLogitsLoss() if outputs == 1 else nn.CrossEntropyLoss()
     update = gi.observe(model, loss, x, sure if outputs == 1 else torch.tensor([3]))
     return account(gi.recover(model, update, (16,), loss), torch.finfo(dtype).eps)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a count of equations asks of a convolution without a bias.
-
-    Attributes
-    ----------
-    name : str
-        Which layer it is.
-    unknowns, outputs : int
-        Entries of its input and of its output, for one sample.
-    weights : int
-        Entries of its weight.
-    filters : int
-        How many filters they belong to.
-    """
-
-    name: str
-    unknowns: int
-    outputs: int
-    weights: int
-    filters: int
-
-
-def plan(name: str, channels: int, size: int, filters: int, kernel: int) -> Plan:
-    """Make the :class:`Plan` of a convolution with stride 1 and no padding."""
-    outputs = filters * (size - kernel + 1) ** 2
-    return Plan(name, channels * size**2, outputs, filters * channels * kernel**2, filters)
-
-
-UNLIMITED = 10**6
-
-
-def fits(layer: Plan, shared: bool = True, own: bool = False, strict: bool = False) -> int:
-    """Count the samples that a layer determines: the rank law, for a batch; or a wrong law."""
-    missing = layer.unknowns - layer.outputs - (layer.weights if own else 0)
-    spare = (0 if own else layer.weights) - (layer.filters**2 if shared else 0)
-    return UNLIMITED if missing <= 0 else max((spare - strict) // missing, 0)
-
-
-def _limits(layers: list[Plan], classes: int, **law: bool) -> dict[str, int]:
-    return {"softmax": classes - 1, **{layer.name: fits(layer, **law) for layer in layers}}
-
-
-def _lowest(limits: dict[str, int]) -> tuple[int, str]:
-    name = min(limits, key=limits.__getitem__)
-    return limits[name], name
-
-
-class LargestBatch(Mistakes, of="06-batch"):
-    def wide_layers_divided_by_a_negative(layers, classes):
-        """A layer whose outputs are no fewer than its unknowns determines every sample by itself,
-        and you let it limit the batch."""
-        spare = {each: each.weights - each.filters**2 for each in layers}
-        limits = {e.name: spare[e] // (e.unknowns - e.outputs) for e in layers}
-        return _lowest({"softmax": classes - 1, **limits})
-
-    def shared_equations_overlooked(layers, classes):
-        """You counted equations that are in both sets as if they said something new. How many are
-        there for F filters, and does their number grow with the batch?"""
-        return _lowest(_limits(layers, classes, shared=False))
-
-    def more_equations_than_unknowns(layers, classes):
-        """In one of these networks a layer has exactly as many equations as unknowns, which is
-        enough, and you stop one sample earlier."""
-        return _lowest(_limits(layers, classes, strict=True))
-
-    def gradient_constraints_for_each(layers, classes):
-        """You gave every sample its own gradient constraints. The client sends one sum: a layer
-        has them once, however many samples share them."""
-        return _lowest(_limits(layers, classes, own=True))
-
-    def as_many_as_classes(layers, classes):
-        """The last layer cannot tell that many apart: each k of a softmax sums to zero over the
-        classes. How many of them can be independent?"""
-        return _lowest(_limits(layers, classes + 1))
-
-    def softmax_forgotten(layers, classes):
-        """Every layer has its say here, but not the last one: the softmax has a limit of its
-        own."""
-        return _lowest(_limits(layers, UNLIMITED))
-
-    def first_layer_blamed(layers, classes):
-        """The number is right, and {name} is not what limits it: which of them gives out first as
-        the batch grows?"""
-        return _lowest(_limits(layers, classes))[0], layers[0].name
-
-
-def _networks(seed: int) -> list[tuple[list[Plan], int]]:
-    """Make networks that each limit the batch in another way, then some drawn at random."""
-    wide, exact = plan("wide", 2, 6, 10, 3), plan("exact", 2, 5, 4, 3)
-    roomy, tight = plan("roomy", 3, 5, 7, 3), plan("tight", 3, 5, 5, 3)
-    poor = plan("poor", 3, 6, 3, 2)
-    networks = [([wide, exact], 10), ([roomy, wide], 5), ([roomy, tight], 10)]
-    networks += [([tight, wide, roomy], 20), ([wide], 100), ([wide, poor], 10)]
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(20):
-        size, first, second, classes = (
-            int(torch.randint(low, high, (), generator=g))
-            for low, high in ((5, 9), (3, 9), (3, 12), (3, 30))
-        )
-        low = plan("conv1", 3, size, first, 3)
-        networks.append(([low, plan("conv2", first, size - 2, second, 2)], classes))
-    limits = [sorted(_limits(*network).values()) for network in networks]
-    return [n for n, (lowest, second, *_) in zip(networks, limits, strict=True) if lowest < second]
-
-
-def check_largest_batch(largest_batch: Student, seed: int = 6) -> None:
-    """Check 6.5: the largest batch that a convolutional network gives away, and its limit."""
-    two = "Return two things: how many samples, a whole number, and the name of what limits them."
-    for layers, classes in _networks(seed):
-        given, limits = (layers, classes), _limits(layers, classes)
-        true = min(limits.values())
-        answer = ask(largest_batch, *given, case=f"for {classes} classes")
-        number, name = pair(answer, "largest_batch(...)")
-        demand(isinstance(number, int | float) and isinstance(name, str), two)
-        if number != true:
-            for hint, (wrong, _) in known("06-batch", given):
-                demand(number != wrong, hint)
-            none = "Here not even one sample has equations enough, and you say that {number} fit."
-            demand(true, none, number=number)
-            refuse(f"Of {classes} classes and these layers, {number} samples are not the most.")
-        demand(limits.get(name) == true, LargestBatch.first_layer_blamed, name=name)
-    right("Weight constraints grow with the batch; gradient constraints do not. Hence a limit.")

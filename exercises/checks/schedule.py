@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 10, defense by schedule."""
+"""Checks of the exercises on defense by schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _counts(steps: int, momentum: float) -> Tensor:
     return powers.cumsum(0).flip(0)
 
 
-class Counts(Mistakes, of="10-counts"):
+class Counts(Mistakes, of="schedule-counts"):
     def momentum_ignored(steps, momentum):
         """Your counts are those of plain SGD. With momentum a gradient goes on pushing in the
         steps after its own."""
@@ -50,11 +50,11 @@ class Counts(Mistakes, of="10-counts"):
 def check_counts(
     counts: Student, cases: tuple[tuple[int, float], ...] = ((4, 0.5), (6, 0.9))
 ) -> None:
-    """Check 10.1: how often each step's gradient counts in the update, under momentum."""
+    """Check: how often each step's gradient counts in the update, under momentum."""
     for steps, momentum in cases:
         case = f"for {steps} steps with momentum {momentum}"
         given = (steps, momentum)
-        expect("10-counts", counts, given, _counts(*given), "the counts", case)
+        expect("schedule-counts", counts, given, _counts(*given), "the counts", case)
     right("Weights and biases share these counts, so the ratio of a first dense layer keeps x.")
 
 
@@ -67,7 +67,7 @@ def _share(steps: int, rate: float, momentum: float, decay: float) -> float:
     return share
 
 
-class WithoutDecay(Mistakes, of="10-decay"):
+class WithoutDecay(Mistakes, of="schedule-decay"):
     def decay_of_weights_that_stand_still(sent, start, steps, rate, momentum, decay):
         """You took the decay of weights that stand still. They shrink from step to step, and the
         decay with them."""
@@ -96,10 +96,10 @@ class WithoutDecay(Mistakes, of="10-decay"):
 
 
 def check_without_decay(without_decay: Student, seed: int = 1, steps: int = 8) -> None:
-    """Check 10.2: known weight decay, taken out of an update of several steps."""
+    """Check: known weight decay, taken out of an update of several steps."""
     start, clean, schedule = normal(seed, 3, 5), normal(seed + 1, 3, 5), (steps, 0.4, 0.5, 0.1)
     given = (clean + _share(*schedule) * start, start, *schedule)
-    expect("10-decay", without_decay, given, clean, "the update without its decay")
+    expect("schedule-decay", without_decay, given, clean, "the update without its decay")
     right("What the server knows of the schedule costs the attack nothing.")
 
 
@@ -114,7 +114,7 @@ def _walk(W, b, x, target, steps, rate, still=False):
     return total_W, total_b
 
 
-class Imitate(Mistakes, of="10-imitate"):
+class Imitate(Mistakes, of="schedule-imitate"):
     def first_gradient_times_steps(W, b, guess, target, steps, rate):
         """You took one gradient T times. The client's weights move between its steps; yours must
         move along."""
@@ -153,11 +153,11 @@ class Imitate(Mistakes, of="10-imitate"):
 
 
 def check_imitate(imitate: Student, seed: int = 2, steps: int = 5) -> None:
-    """Check 10.3: the client's steps, taken with a guess, and differentiable."""
+    """Check: the client's steps, taken with a guess, and differentiable."""
     W, b, x = normal(seed, 4, 6), normal(seed + 1, 4), normal(seed + 2, 6)
     guess, same, schedule = x.clone().requires_grad_(), x.clone().requires_grad_(), (2, steps, 0.3)
     true, parts = _walk(W, b, same, *schedule), ("the update of W", "the update of b")
-    answer = expect("10-imitate", imitate, (W, b, guess, *schedule), true, parts)
+    answer = expect("schedule-imitate", imitate, (W, b, guess, *schedule), true, parts)
     slopes = []
     for update, at in ((answer, guess), (true, same)):
         value = sum((g * normal(9, *g.shape)).sum() for g in update)
@@ -173,7 +173,7 @@ _GOOD = {"local_steps": 20, "learning_rate": 0.5, "momentum": 0.9}
 _ADAM = {"local_steps": 1, "learning_rate": 0.01, "optimizer": "adam"}
 
 
-class Schedules(Mistakes, of="10-schedules"):
+class Schedules(Mistakes, of="schedule-schedules"):
     def too_few_steps():
         """The first schedule has {steps} local steps; take ten or more."""
         return {**_GOOD, "local_steps": 3}, _ADAM
@@ -215,7 +215,7 @@ def _ratio_error(settings: dict[str, Any], seed: int) -> tuple[float, float]:
 
 
 def check_schedules(schedules: Student, seed: int = 3) -> None:
-    """Check 10.4: ten steps that hide nothing, and one step that does."""
+    """Check: ten steps that hide nothing, and one step that does."""
     first, second = pair(ask(schedules), "schedules()")
     both = isinstance(first, dict) and isinstance(second, dict)
     demand(both, "Return two dictionaries of settings for gi.observe: `return first, second`.")
@@ -256,7 +256,7 @@ def _wald(successes: int, trials: int) -> tuple[float, float]:
     return p - reach, p + reach
 
 
-class Verdict(Mistakes, of="10-verdict"):
+class Verdict(Mistakes, of="schedule-verdict"):
     def rates_without_intervals(attackers, drop):
         """{name}: {before} of {n} before, {after} after. After so few trials, how far from these
         rates may the true ones lie?"""
@@ -286,7 +286,7 @@ class Verdict(Mistakes, of="10-verdict"):
 
 
 def check_verdict(verdict: Student, times: int = 1) -> None:
-    """Check 10.5: whether a claimed fall of a success rate holds."""
+    """Check: whether a claimed fall of a success rate holds."""
     sure = "{name}: {before} of {n} before, {after} after: both intervals leave no doubt."
     unaware = {"unaware": ((60, 60), (0, 60))}
     cases = [

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 13, the scoreboard."""
+"""Checks of the exercises on the scoreboard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
 
 
-class Interval(Mistakes, of="13-interval"):
+class Interval(Mistakes, of="scoreboard-interval"):
     def ends_exchanged(successes, n):
         """Your lower end is the higher one."""
         return _wilson(successes, n)[::-1]
@@ -73,12 +73,14 @@ COUNTS = ((9, 12), (4, 4), (0, 4), (1, 20))
 
 
 def check_interval(interval: Student, counts: Sequence[tuple[int, int]] = COUNTS) -> None:
-    """Check 13.1: what so few pictures allow the true rate to be."""
+    """Check: what so few pictures allow the true rate to be."""
     for given in counts:
         case = "for {} of {}".format(*given)
         answer = pair(ask(interval, *given, case=case), "The ends of the interval")
         ends = torch.stack([tensor(end, "an end of the interval") for end in answer])
-        wrong = ((hint, torch.tensor(w).double()) for hint, w in known("13-interval", given))
+        wrong = (
+            (hint, torch.tensor(w).double()) for hint, w in known("scoreboard-interval", given)
+        )
         true = torch.tensor(gi.metrics.wilson_interval(*given)).double()
         compare(ends, true, f"the interval {case}", wrong, 1e-3)
     right("Four of four: the true rate may still be one half. That is what four pictures can say.")
@@ -124,7 +126,7 @@ def _placed(found: Tensor, truth: Tensor) -> dict[int, Tensor]:
     return {n: found[m] for m, n in enumerate(places)}
 
 
-class Scores(Mistakes, of="13-scores"):
+class Scores(Mistakes, of="scoreboard-scores"):
     def order_kept(found, truth, floor):
         """You compared the pictures in the order in which they were found; a batch's gradient has
         no order."""
@@ -168,12 +170,12 @@ def _batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_scores(scores: Student, seed: int = 1) -> None:
-    """Check 13.2: the figures of a batch, in the order that is best for the attacker."""
+    """Check: the figures of a batch, in the order that is best for the attacker."""
     found, truth, floor = given = _batch(seed)
     answer = tensor(ask(scores, *given), "the figures")
     demand(answer.numel() > 1, Scores.mean_of_the_batch)
     true = _ordered(*given, "right")
-    compare(answer, true, "the list of figures", known("13-scores", given))
+    compare(answer, true, "the list of figures", known("scoreboard-scores", given))
     case = "with two answers to three pictures"
     answer = ask(scores, found[:2], truth, floor, case=case)
     whole = isinstance(answer, Tensor) and answer.shape == (3,) and answer.isfinite().all()
@@ -228,7 +230,7 @@ def _cells(run, defense, nets, attackers, middle=median):
             yield (net, attacker), middle(plain), middle(defended)
 
 
-class Flatter(Mistakes, of="13-flatter"):
+class Flatter(Mistakes, of="scoreboard-flatter"):
     def undefended_row_not_asked(*given):
         """That attacker fails on that network without any defense: its figure says nothing about
         this one, and a careful reviewer asks for the undefended row first."""
@@ -262,7 +264,7 @@ class Flatter(Mistakes, of="13-flatter"):
 
 
 def check_flatter(flatter: Student, seed: int = 2) -> None:
-    """Check 13.3: how a paper would show a defense."""
+    """Check: how a paper would show a defense."""
     for trial in range(3):
         board = _Board(seed + 10 * trial)
         names = "Return two names: a network, then an attacker."
@@ -284,14 +286,14 @@ def _most(leak: Tensor) -> Tensor:
 
 
 def _cheapest(most, counts, tests, reach=None, rivals=None):
-    """Solve exercise 13.4, or with another reach or other rivals."""
+    """Solve the exercise, or with another reach or other rivals."""
     holds = most <= SUCCESS
     low, high = torch.tensor([gi.metrics.wilson_interval(int(n), tests) for n in counts]).T
     best = int(torch.where(holds if rivals is None else rivals, counts, 0).argmax())
     return holds & ((high if reach is None else reach) >= low[best])
 
 
-class Cheapest(Mistakes, of="13-cheapest"):
+class Cheapest(Mistakes, of="scoreboard-cheapest"):
     def attackers_who_do_not_know(leak, knows, counts, tests):
         """A setting that only the attackers who know of it can read is in your answer. A server
         may run any attack, and knows what it has asked its clients to do."""
@@ -343,7 +345,7 @@ SETTINGS = (  # two attackers who do not know of it, two who do; test pictures r
 
 
 def check_cheapest(cheapest: Student, seed: int = 3) -> None:
-    """Check 13.4: which settings hold, and cost no more than the cheapest that does."""
+    """Check: which settings hold, and cost no more than the cheapest that does."""
     generator = _seeded(seed)
     order = torch.randperm(len(SETTINGS), generator=generator)
     leak = torch.tensor([row for row, _ in SETTINGS], dtype=torch.float64)[order]
@@ -354,7 +356,7 @@ def check_cheapest(cheapest: Student, seed: int = 3) -> None:
     mask = isinstance(answer, Tensor) and answer.shape == counts.shape
     mask = mask and answer.dtype == torch.bool
     demand(mask, "Return a tensor of True and False, one entry for each setting.")
-    for hint, wrong in known("13-cheapest", given):
+    for hint, wrong in known("scoreboard-cheapest", given):
         demand(not torch.equal(answer, wrong), hint)
     for n in (answer != _cheapest(_most(leak), counts, TESTS)).nonzero().flatten().tolist():
         refuse(
@@ -414,7 +416,7 @@ def _read(d: Dossier, bar: float | None = None, exact: bool = True) -> list[bool
 
 
 def _judged(d: Dossier, broken: bool | None = None, most: float = 10.0, at=("client",)) -> str:
-    """Solve exercise 13.5, or judge by something else."""
+    """Solve the exercise, or judge by something else."""
     if any(_read(d)) if broken is None else broken:
         return "broken"
     if d.epsilon is not None and d.epsilon <= most and d.noise_at in at:
@@ -422,7 +424,7 @@ def _judged(d: Dossier, broken: bool | None = None, most: float = 10.0, at=("cli
     return "open" if any(a.knows for a in d.attacks) else "untested"
 
 
-class Judge(Mistakes, of="13-judge"):
+class Judge(Mistakes, of="scoreboard-judge"):
     def only_if_most_attackers_succeed(d):
         """The defense “{name}” is not “{said}”: one attack is enough, also one that does not know
         of the defense; you looked at others' failures."""
@@ -466,7 +468,7 @@ def _attack(low: float, high: float, *, knows: bool = False, exact: int = 0) -> 
 
 
 def check_judge(judge: Student, seed: int = 4) -> None:
-    """Check 13.5: what may be said of a defense."""
+    """Check: what may be said of a defense."""
     d = float(torch.rand((), generator=_seeded(seed))) * 3
     poor, good, aware = _attack(6 + d, 11), _attack(60 + d, 90), _attack(8, 12 + d, knows=True)
     read = _attack(90, 140 + d, knows=True, exact=4)

@@ -1,4 +1,4 @@
-"""Checks of the exercises to chapter 5, convolution as a linear system."""
+"""Checks of the exercises on convolution as a linear system."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _rows(k: Tensor, places: int, size: int, stride: int) -> Tensor:
     return rows.reshape(places**2, size**2)
 
 
-class GradientRows(Mistakes, of="05-rows"):
+class GradientRows(Mistakes, of="systems-rows"):
     def transposed_rows(k, places, size, stride):
         """Your matrix is transposed: one row for each equation, that is for each weight of the
         kernel, and one column for each pixel."""
@@ -49,11 +49,11 @@ class GradientRows(Mistakes, of="05-rows"):
 
 
 def check_gradient_rows(gradient_rows: Student, seed: int = 1, side: int = 3) -> None:
-    """Check 5.1: the matrix of the gradient constraints, from k alone."""
+    """Check: the matrix of the gradient constraints, from k alone."""
     for places, stride in ((2, 1), (3, 2), (2, 2)):
         given = (normal(seed + places, side, side), places, (side - 1) * stride + places, stride)
         case = f"for a {places}×{places} kernel with stride {stride}"
-        expect("05-rows", gradient_rows, given, _rows(*given), "the matrix", case)
+        expect("systems-rows", gradient_rows, given, _rows(*given), "the matrix", case)
     right("One equation for each weight, and its coefficients are the output gradient.")
 
 
@@ -72,7 +72,7 @@ def _solve(z: Tensor, w: Tensor, *signs: float) -> Tensor:
     return torch.stack(found[2:])
 
 
-class Substitute(Mistakes, of="05-substitute"):
+class Substitute(Mistakes, of="systems-substitute"):
     def taps_reversed(z, w):
         """Your taps are in the opposite order: w[0] meets the newest pixel."""
         return _solve(z, w.flip(0), 1, 1, 1)
@@ -99,9 +99,9 @@ class Substitute(Mistakes, of="05-substitute"):
 
 
 def check_substitute(substitute: Student, seed: int = 2, pixels: int = 6) -> None:
-    """Check 5.2: a row of pixels out of a convolution, by substitution."""
+    """Check: a row of pixels out of a convolution, by substitution."""
     w, x = torch.tensor([2.0, 0.7, -0.4], dtype=torch.float64), normal(seed, pixels).abs()
-    expect("05-substitute", substitute, (_filter(x, w), w), x, "the row of pixels")
+    expect("systems-substitute", substitute, (_filter(x, w), w), x, "the row of pixels")
     # with these taps rounding doubles from pixel to pixel
     w, x = torch.tensor([1.0, 2.5, 1.0], dtype=torch.float64), normal(7, 200).abs()
     lost = bool((ask(substitute, _filter(x, w), w) - x).abs().max() > 100 * x.max())
@@ -111,7 +111,7 @@ def check_substitute(substitute: Student, seed: int = 2, pixels: int = 6) -> Non
     )
 
 
-class Misleading(Mistakes, of="05-count"):
+class Misleading(Mistakes, of="systems-count"):
     def too_few_filters():
         """{equations} equations for {unknowns} unknowns: here the count already says that it is
         lost. Find a layer where the count says the opposite."""
@@ -139,7 +139,7 @@ class Misleading(Mistakes, of="05-count"):
 
 
 def check_misleading(misleading: Student, seed: int = 3) -> None:
-    """Check 5.3: a layer with equations to spare that does not determine its input."""
+    """Check: a layer with equations to spare that does not determine its input."""
     conv, shape = pair(ask(misleading), "misleading()")
     both = isinstance(conv, nn.Conv2d) and isinstance(shape, tuple | torch.Size)
     demand(both, "Return an nn.Conv2d and the shape of its input, (channels, height, width).")
@@ -168,7 +168,7 @@ def _back(values: Tensor, weight: Tensor, stride: int) -> Tensor:
     return conv_transpose2d(values[None], weight, stride=stride)[0]
 
 
-class Adjoint(Mistakes, of="05-adjoint"):
+class Adjoint(Mistakes, of="systems-adjoint"):
     def weight_equations_alone(W, k, r, g, size, stride):
         """That is Wᵀ r alone: the gradient equations speak of the pixels too."""
         return _back(r, W, stride)
@@ -206,18 +206,18 @@ class Adjoint(Mistakes, of="05-adjoint"):
 
 
 def check_adjoint(adjoint: Student, seed: int = 4, size: int = 9, channels: int = 2) -> None:
-    """Check 5.4: the adjoint of both sets of equations, without a matrix."""
+    """Check: the adjoint of both sets of equations, without a matrix."""
     for places, stride in ((3, 1), (3, 2)):
         side = (size - places) // stride + 1
         W, g = (normal(seed + i, 4, channels, places, places) for i in (0, 1))
         k, r = (normal(seed + i, 4, side, side) for i in (2, 3))
         given, true = (W, k, r, g, size, stride), _back(r, W, stride) + _back(k, g, stride)
-        expect("05-adjoint", adjoint, given, true, "the adjoint", f"with stride {stride}")
+        expect("systems-adjoint", adjoint, given, true, "the adjoint", f"with stride {stride}")
     right("The transpose of a matrix that nobody ever wrote down.")
 
 
 def check_law(adjoint: Student, seed: int = 5, size: int = 224) -> None:
-    """Check 5.4 on a photograph's 150 528 unknowns: ⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
+    """Check on a photograph's 150 528 unknowns: ⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
     side, places, stride = (size - 4) // 2 + 1, 4, 2
     x = normal(seed, 3, size, size)
     W, g = (normal(seed + i, 4, 3, places, places) for i in (1, 2))
@@ -248,7 +248,7 @@ def _explained(A: Tensor, b: Tensor, x: Tensor) -> bool:
     return bool((A @ x - b).norm() < 1e-6 * b.norm())
 
 
-class Trust(Mistakes, of="05-trust"):
+class Trust(Mistakes, of="systems-trust"):
     def residual_alone(A, b, x):
         """An answer that explains every equation to the last digit, and is wrong: {equations}
         equations of rank {rank} for {unknowns} unknowns. What does a small residual not see?"""
@@ -275,7 +275,7 @@ class Trust(Mistakes, of="05-trust"):
 
 
 def check_trust(trust: Student, seed: int = 6) -> None:
-    """Check 5.5: when an answer of least squares may be believed to one per cent."""
+    """Check: when an answer of least squares may be believed to one per cent."""
     ones = torch.ones(12, dtype=torch.float64)
     holed, weak = ones.clone(), ones.clone()
     holed[-2:], weak[-1] = 0.0, 1e-9

@@ -1,4 +1,4 @@
-"""Audits as text, as a table for notebooks, and as plain data."""
+"""Figures with their bounds; audits as text, as a table for notebooks, and as plain data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,52 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..rank import Audit, LayerAudit, Stop
 
-__all__ = ["audit_dict", "audit_html", "audit_text"]
+__all__ = ["audit_dict", "audit_html", "audit_text", "show"]
 
 COLUMNS = ("layer", "kind", "unknowns", "weight", "gradient", "rank", "index", "verdict")
+
+
+def show(
+    name: str,
+    value: float,
+    *,
+    below: float | None = None,
+    above: float | None = None,
+    unit: str = "",
+) -> None:
+    """Print ``name ≈ 3e-16 (below 1e-12)``, and insist on the bound.
+
+    What stands behind ≈ may differ from machine to machine; where notebooks are compared with
+    what they print, it is left out (``tests/nbval.cfg``), and the bound is not.
+
+    Parameters
+    ----------
+    name : str
+        What was measured.
+    value : float
+        The figure; two digits of it are printed, or one and its power of ten.
+    below, above : float, optional
+        Bounds that must hold.
+    unit : str
+        Behind the figure and its bounds, such as ``"dB"``.
+
+    Raises
+    ------
+    AssertionError
+        If a bound does not hold.
+    """
+    unit = f" {unit}" if unit else ""
+    bounds = []
+    for word, bound, holds in (
+        ("below", below, below is None or value < below),
+        ("above", above, above is None or value > above),
+    ):
+        assert holds, f"{name} is {value:.3g}{unit}, not {word} {bound:g}{unit}"
+        bounds += [] if bound is None else [f"{word} {bound:g}{unit}"]
+    told = f" ({', '.join(bounds)})" if bounds else ""
+    figure = f"{value:.0f}" if 10 <= abs(value) < 1e4 else f"{value:.2g}"
+    figure = f"{value:.0e}" if 0 < abs(value) < 1e-2 else figure
+    print(f"{name} ≈ {figure}{unit}{told}")
 
 
 def audit_text(audit: Audit) -> str:
@@ -50,10 +93,11 @@ def audit_html(audit: Audit) -> str:
 def audit_dict(audit: Audit) -> dict[str, object]:
     """Plain numbers, strings and lists, with what the audit says of itself."""
     whole = asdict(audit)
-    for name in ("unknowns", "verdict", "parameter_bound"):
+    for name in ("unknowns", "verdict", "reason", "parameter_bound"):
         whole[name] = getattr(audit, name)
     for entry, layer in zip(whole["layers"], audit.layers, strict=True):
-        entry["rank_index"], entry["verdict"] = layer.rank_index, layer.verdict
+        for name in ("rank_index", "verdict", "reason"):
+            entry[name] = getattr(layer, name)
     plain = _plain(whole)
     assert isinstance(plain, dict)
     return plain
@@ -64,7 +108,7 @@ def _row(layer: LayerAudit) -> tuple[str, ...]:
     sign = "≤" if bounded else "≈" if layer.method == "estimate" else ""
     numbers = (layer.unknowns, layer.weight_equations, layer.gradient_equations)
     ranks = (f"{sign}{layer.rank}", f"{sign}{layer.rank_index}")
-    return (layer.name, layer.kind, *map(str, numbers), *ranks, layer.verdict)
+    return (layer.name, layer.kind, *map(str, numbers), *ranks, layer.reason)
 
 
 def _remarks(audit: Audit) -> list[str]:
@@ -79,7 +123,8 @@ def _remarks(audit: Audit) -> list[str]:
         kind = "full" if audit.network.full else "not full"
         rank = f"{audit.network.rank} of {audit.network.unknowns}"
         lines.append(f"whole network: the Jacobian has rank {rank} ({kind})")
-    return [*lines, f"exact: {audit.exact}"]
+    told = [] if audit.exact else [audit.reason]
+    return [*lines, *told, f"exact: {audit.exact}"]
 
 
 def _grouped(stops: Sequence[Stop]) -> list[str]:
@@ -87,8 +132,8 @@ def _grouped(stops: Sequence[Stop]) -> list[str]:
     for stop in stops:
         places.setdefault((stop.kind, stop.reason), []).append(stop.name)
     return [
-        f"stops at {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} "
-        f"({kind}): {reason}"
+        f"not undone, the layers below counted as if it were: {', '.join(names[:3])}"
+        f"{f' and {len(names) - 3} more' * (len(names) > 3)} ({kind}): {reason}"
         for (kind, reason), names in places.items()
     ]
 

@@ -26,7 +26,7 @@ class WrongAnswerError(AssertionError):
 
 
 class Mistakes:
-    """The known mistakes of one exercise: ``class Shares(Mistakes, of="03-shares")``.
+    """The known mistakes of one exercise: ``class Shares(Mistakes, of="batches-shares")``.
 
     Each function is an answer as a student might give it, and its docstring is what such a
     student is told. A check tells it where :func:`expect` finds the same values, or where it
