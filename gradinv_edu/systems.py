@@ -17,9 +17,8 @@ from .engine import channels
 from .engine.krylov import Progress, Rows
 from .engine.layers import Affine, ModuleOperator, pack, rule_of, weight_names
 from .engine.layers.base import LayerOperator
-from .engine.layers.convolution import ConvolutionOperator
+from .engine.layers.convolution import ConvolutionOperator, DirectOperator
 from .engine.layers.dense import LinearOperator
-from .engine.layers.transposed import TransposedOperator
 from .engine.solve import Solution, least_squares
 from .errors import InvalidTensorError, UnsupportedLayerError
 
@@ -335,7 +334,7 @@ class Balance:
         cls, operator: LayerOperator, row_mask: Tensor | None, gradient_mask: Tensor | None
     ) -> Balance:
         """Balance a convolution without groups; of anything else, nothing."""
-        if not isinstance(operator, ConvolutionOperator) or operator.geometry[3] != 1:
+        if not isinstance(operator, ConvolutionOperator) or operator.geometry.groups != 1:
             return cls()
         return cls(
             None if row_mask is not None else _alike(operator.weight.flatten(1)),
@@ -400,7 +399,7 @@ def _scaled(system: LayerSystem) -> LayerOperator:
     if isinstance(op, ConvolutionOperator):
         weight = _mix(system.balance.rows, op.weight, 0)
         return replace(op, weight=weight, k=_mix(system.balance.gradient, k, 1))
-    if isinstance(op, LinearOperator | TransposedOperator):
+    if isinstance(op, LinearOperator | DirectOperator):
         return replace(op, k=k)
     return ModuleOperator(system.module, k, system.input_shape)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layers.convolution import Conv, places
+from .layers.convolution import Conv, Convolution, places
 from .solve import Solution, draw
 
 __all__ = ["Blind", "possible", "solve"]
@@ -45,16 +45,8 @@ def possible(conv: Conv, input_shape: tuple[int, ...]) -> bool:
     input_shape : tuple of int
         Of one input, ``(channels, *positions)``.
     """
-    positions = math.prod(input_shape[1:])
-    if min(conv.out_channels, conv.in_channels) // conv.groups < positions:
-        return False
-    if any(s != 1 for s in conv.stride) or conv.padding_mode != "zeros":
-        return False
-    if any(size % 2 == 0 for size in conv.kernel_size):
-        return False
-    index, pixels = places(conv, input_shape)
-    centre = torch.arange(1, pixels + 1)
-    return index.shape[1] == pixels and torch.equal(index[len(index) // 2], centre)
+    least = min(conv.out_channels, conv.in_channels) // conv.groups
+    return math.prod(input_shape[1:]) <= least and Convolution(conv).shifts(input_shape[1:])
 
 
 def solve(

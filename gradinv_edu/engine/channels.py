@@ -48,7 +48,7 @@ class Channels:
 def small(operator: ConvolutionOperator) -> bool:
     """Whether the matrix of one channel may be factorised."""
     pixels = math.prod(operator.template.shape[2:])
-    rows = len(operator.weight) // operator.geometry[3] * math.prod(operator.weight.shape[2:])
+    rows = len(operator.weight) // operator.geometry.groups * math.prod(operator.weight.shape[2:])
     return pixels <= PIXELS and rows * pixels <= ENTRIES
 
 
@@ -66,7 +66,7 @@ def solve(
     known : tuple of Tensor, optional
         Entries of the input that are known already, and where.
     """
-    like, groups = operator.template, operator.geometry[3]
+    like, groups = operator.template, operator.geometry.groups
     pixels = math.prod(like.shape[2:])
     filters, taps = len(operator.weight) // groups, math.prod(operator.weight.shape[2:])
     rows = G.reshape(groups, filters, -1, taps).transpose(2, 3)

@@ -480,12 +480,12 @@ def _output_gradient(rule: Rule, x: Tensor, G: Tensor, noise: float) -> Tensor |
     """``k`` from ``Σ_p k_p ⊗ patch_p = ∂L/∂W`` with known patches; None where they repeat."""
     if not isinstance(rule, Convolution) or (geometry := rule.geometry) is None:
         return None
-    stride, padding, dilation, groups = geometry
     conv = cast(Conv, rule.module)
-    if groups != 1 or len(stride) != 2:
+    if geometry.groups != 1 or len(geometry.stride) != 2:
         return None
     with torch.no_grad():
         shape = conv(x).shape
+    stride, padding, dilation = geometry[:3]
     spans = (tuple(part) for part in (conv.kernel_size, dilation, padding, stride))
     patches = nn.functional.unfold(x, *spans)[0]
     if patches.shape[1] > patches.shape[0]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..systems import LayerSystem, ScaledSystem
 from . import preimages
+from .blind import possible
 from .layers import Affine, rule_of, weight_names
-from .layers.convolution import Conv, Convolution
+from .layers.convolution import Conv
 from .reports import TOLERANCES
 from .solve import DENSE, Solution, inertia_rank, rank_of, rank_test
 from .verdicts import LayerAudit, Verdict
@@ -158,13 +158,12 @@ def blind(layer: Layer) -> LayerAudit | None:
     ``S_t`` the shift by tap ``t``, gives the input *and* ``k`` up to a factor, whatever stands
     above, and the sum of ``k`` fixes that.
     """
-    rule = layer.rule
-    alone = len(layer.group.steps) == 1 and isinstance(rule, Convolution)
-    if not alone or not layer.summed or not cast(Convolution, rule).shifts(layer.x.shape[2:]):
+    conv = layer.group.module
+    if not layer.summed or not isinstance(conv, Conv) or conv.groups > 1:
+        return None
+    if not possible(conv, layer.group.input_shape):
         return None
     k, x = layer.k[0].flatten(1), layer.x[0].flatten(1)
-    if k.shape[1] != x.shape[1] or k.shape[1] > min(len(k), len(x)):
-        return None
     positions = k.shape[1]
     if rank_of(k) < positions or rank_of(x) < positions or not bool(k.sum(1).any()):
         return None

@@ -46,8 +46,7 @@ class Folded:
                 f"shifts its filters; not above {_kinds(parts)}."
             )
         conv = cast(Conv, copy.deepcopy(parts[0]).double())
-        stride, padding, dilation, groups = geometry
-        self.settings = (stride, padding, dilation, False, [0] * len(stride), groups)
+        self.geometry = geometry
         self.input_shape, self.weight = tuple(input_shape), conv.weight.detach()
         with checks.fitting(f"{_kinds(parts)} does not take inputs of shape {self.input_shape}"):
             zeros = self.weight.new_zeros(1, *input_shape)
@@ -80,29 +79,18 @@ class Folded:
 
     def rows(self, a: Tensor, weight: Tensor | None = None) -> Tensor:
         """``W * a``; with another weight ``g``, the adjoint of :meth:`gradient` in ``k``."""
-        weight = (self.weight if weight is None else weight).to(a.dtype)
-        stride, padding, dilation, transposed, extra, groups = self.settings
-        z: Tensor = torch.ops.aten.convolution(
-            a, weight, None, stride, padding, dilation, transposed, extra, groups
-        )
-        return z
+        weight = self.weight if weight is None else weight
+        return self.geometry.rows(a, weight.to(a.dtype))
 
     def rows_adjoint(self, r: Tensor, weight: Tensor | None = None) -> Tensor:
         """``Wᵀ r``; of ``k`` with a weight ``g``, the adjoint of :meth:`gradient` in ``a``."""
-        weight = (self.weight if weight is None else weight).to(r.dtype)
-        like, wanted = r.new_empty(1, *self.input_shape), [True, False, False]
-        return cast(
-            Tensor,
-            torch.ops.aten.convolution_backward(r, like, weight, None, *self.settings, wanted)[0],
-        )
+        weight = self.weight if weight is None else weight
+        like = r.new_empty(1, *self.input_shape)
+        return self.geometry.rows_adjoint(r, weight.to(r.dtype), like)
 
     def gradient(self, k: Tensor, a: Tensor) -> Tensor:
         """``Σ_p k_p ⊗ patch_p(a)``, linear in ``k`` and in ``a``."""
-        wanted = [False, True, False]
-        return cast(
-            Tensor,
-            torch.ops.aten.convolution_backward(k, a, self.weight, None, *self.settings, wanted)[1],
-        )
+        return self.geometry.gradient(k, a, self.weight)
 
     def __call__(self, a: Tensor) -> Tensor:
         """``W * a + b``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from ...errors import InvalidTensorError
 from ..solve import rank_of
 from .base import Affine, Example, LayerOperator, rule_for
 
-__all__ = ["Conv", "Convolution", "ConvolutionOperator", "channel_blocks", "places", "shared_rows"]
+__all__ = [
+    "Conv",
+    "Convolution",
+    "ConvolutionOperator",
+    "DirectOperator",
+    "Geometry",
+    "channel_blocks",
+    "places",
+    "shared_rows",
+]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 KINDS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -23,61 +32,101 @@ FEW_ROWS = 4  # times as many pixels: the rows are counted
 ENTRIES = 3e7  # of such a block
 
 
+class Geometry(NamedTuple):
+    """How a convolution, transposed or not, moves over its input, and torch's own calls for it.
+
+    Attributes
+    ----------
+    stride, padding, dilation : list of int
+        An axis each.
+    groups : int
+        Of channels.
+    transposed : bool
+        Whether it is the adjoint of a convolution.
+    extra : list of int or None
+        What a transposed one appends to its output, an axis each; None: nothing.
+    """
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    transposed: bool = False
+    extra: list[int] | None = None
+
+    @property
+    def _settings(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        extra = self.extra or [0] * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, extra, self.groups
+
+    def rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``W x``."""
+        z: Tensor = torch.ops.aten.convolution(x, weight, None, *self._settings)
+        return z
+
+    def rows_adjoint(self, r: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """``Wᵀ r``, shaped as ``like``."""
+        wanted = [True, False, False]
+        back = torch.ops.aten.convolution_backward
+        x: Tensor = back(r, like, weight, None, *self._settings, wanted)[0]
+        return x
+
+    def gradient(self, k: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        """``Σ_p k_p ⊗ patch_p(x)``, shaped as the weight ``like``."""
+        wanted = [False, True, False]
+        back = torch.ops.aten.convolution_backward
+        g: Tensor = back(k, x, like, None, *self._settings, wanted)[1]
+        return g
+
+
 @dataclass(frozen=True)
-class ConvolutionOperator:
+class DirectOperator:
     """Direct calls: both sets of equations are convolutions themselves."""
 
     weight: Tensor
     k: Tensor
     template: Tensor
-    geometry: tuple[list[int], list[int], list[int], int]
-
-    def _backward(self, k: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
-        stride, padding, dilation, groups = self.geometry
-        none = [0] * len(stride)
-        return list(
-            torch.ops.aten.convolution_backward(
-                k, x, weight, None, stride, padding, dilation, False, none, groups, mask
-            )
-        )
+    geometry: Geometry
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight rows and gradient rows of ``x``."""
-        stride, padding, dilation, groups = self.geometry
-        rows = torch.ops.aten.convolution(
-            x, self.weight, None, stride, padding, dilation, False, [0] * len(stride), groups
-        )
-        return rows, self._backward(self.k, x, self.weight, [False, True, False])[1]
+        rows = self.geometry.rows(x, self.weight)
+        return rows, self.geometry.gradient(self.k, x, self.weight)
 
     def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
         """Both kinds of rows, pulled back to the input."""
-        wanted = [True, False, False]
-        from_rows = self._backward(rows, self.template, self.weight, wanted)[0]
-        return from_rows + self._backward(self.k, self.template, gradient_rows, wanted)[0]
+        from_rows = self.geometry.rows_adjoint(rows, self.weight, self.template)
+        return from_rows + self.geometry.rows_adjoint(self.k, gradient_rows, self.template)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same map in another precision."""
+        weight, k, template = self.weight.to(dtype), self.k.to(dtype), self.template.to(dtype)
+        return replace(self, weight=weight, k=k, template=template)
+
+
+@dataclass(frozen=True)
+class ConvolutionOperator(DirectOperator):
+    """Of a convolution that is not transposed: its matrix is known channel by channel."""
 
     def matrix(self) -> Tensor:
         """Both sets of equations of one sample, ``(equations, unknowns)``.
 
         Every input channel meets the same small matrix of gradient rows (:meth:`channel`).
         """
-        stride, padding, dilation, groups = self.geometry
-        none, (F, c, *kernel) = [0] * len(stride), self.weight.shape
+        F, c, *kernel = self.weight.shape
         C, *spatial = self.template.shape[1:]
-        n = math.prod(spatial)
+        groups, n = self.geometry.groups, math.prod(spatial)
         units = torch.eye(C * n, dtype=self.k.dtype, device=self.k.device)
         parts = [
-            torch.ops.aten.convolution(
-                part.reshape(-1, C, *spatial),
-                *(self.weight, None, stride, padding, dilation, False, none, groups),
-            ).flatten(1)
+            self.geometry.rows(part.reshape(-1, C, *spatial), self.weight).flatten(1)
             for part in torch.split(units, 256)
         ]
         K = self.k.new_zeros(F, c, math.prod(kernel), C, n)
         each = F // groups
         for g in range(groups):
-            own = slice(g * each, (g + 1) * each)
+            own, rows = slice(g * each, (g + 1) * each), self.channel(g)
             for channel in range(c):
-                K[own, channel, :, g * c + channel] = self.channel(g)
+                K[own, channel, :, g * c + channel] = rows
         return torch.cat([torch.cat(parts).T, K.reshape(-1, C * n)])
 
     def channel(self, group: int = 0) -> Tensor:
@@ -85,22 +134,14 @@ class ConvolutionOperator:
 
         The gradient of a layer whose channels are the unit pictures.
         """
-        stride, padding, dilation, groups = self.geometry
         F, _, *kernel = self.weight.shape
-        spatial, each = self.template.shape[2:], F // groups
+        spatial, each = self.template.shape[2:], F // self.geometry.groups
         n = math.prod(spatial)
         pictures = torch.eye(n, dtype=self.k.dtype, device=self.k.device).reshape(1, n, *spatial)
-        rows: Tensor = torch.ops.aten.convolution_backward(
-            *(self.k[:, group * each : (group + 1) * each], pictures),
-            *(self.k.new_zeros(each, n, *kernel), None, stride, padding, dilation, False),
-            *([0] * len(stride), 1, [False, True, False]),
-        )[1]
+        k = self.k[:, group * each : (group + 1) * each]
+        alone = self.geometry._replace(groups=1)
+        rows = alone.gradient(k, pictures, k.new_zeros(each, n, *kernel))
         return rows.flatten(2).transpose(1, 2)
-
-    def to(self, dtype: torch.dtype) -> ConvolutionOperator:
-        """Return the same map in another precision."""
-        weight, k, template = self.weight.to(dtype), self.k.to(dtype), self.template.to(dtype)
-        return replace(self, weight=weight, k=k, template=template)
 
 
 @rule_for(*KINDS)
@@ -110,8 +151,8 @@ class Convolution(Affine):
     weighted = True
 
     @property
-    def geometry(self) -> tuple[list[int], list[int], list[int], int] | None:
-        """Stride, padding, dilation and groups; None where only the module itself knows."""
+    def geometry(self) -> Geometry | None:
+        """How it moves; None where only the module itself knows."""
         conv = cast(Conv, self.module)
         # A subclass may have a forward pass of its own (weight norm, for one): exact types only.
         if type(conv) not in KINDS or conv.padding_mode != "zeros":
@@ -125,7 +166,7 @@ class Convolution(Affine):
             padding = (
                 [0] * len(spans) if conv.padding == "valid" else [int(p) for p in conv.padding]
             )
-        return list(conv.stride), padding, list(conv.dilation), conv.groups
+        return Geometry(list(conv.stride), padding, list(conv.dilation), conv.groups)
 
     def operator(self, k: Tensor, input_shape: tuple[int, ...]) -> LayerOperator:
         """Direct calls where torch's own convolution does it all."""
@@ -138,12 +179,15 @@ class Convolution(Affine):
 
     def shifts(self, spatial: tuple[int, ...]) -> bool:
         """Whether it keeps the picture's size, with taps that tell each place from the next."""
-        conv, geometry = cast(Conv, self.module), self.geometry
-        if geometry is None or geometry[3] != 1:
+        geometry = self.geometry
+        if geometry is None:
             return False
-        sizes = zip(*geometry[:3], conv.kernel_size, spatial, strict=True)
+        kernel = cast(Conv, self.module).kernel_size
+        sizes = zip(*geometry[:3], kernel, spatial, strict=True)
         return all(
-            stride == dilation == 1 and 2 * padding == taps - 1 and (taps > 1 or size == 1)
+            stride == taps % 2 == 1
+            and 2 * padding == dilation * (taps - 1)
+            and (size == 1 or (dilation == 1 and taps > 1))
             for stride, padding, dilation, taps, size in sizes
         )
 

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from .base import Affine, Example, LayerOperator, rule_for
+from .convolution import DirectOperator, Geometry
 
-__all__ = ["TransposedConvolution", "TransposedOperator"]
+__all__ = ["TransposedConvolution"]
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-
-
-@dataclass(frozen=True)
-class TransposedOperator:
-    """Direct calls: both sets of equations are convolutions themselves."""
-
-    weight: Tensor
-    k: Tensor
-    template: Tensor
-    geometry: tuple[list[int], list[int], list[int], bool, list[int], int]
-
-    def _backward(self, k: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
-        return list(torch.ops.aten.convolution_backward(k, x, weight, None, *self.geometry, mask))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight rows and gradient rows of ``x``."""
-        rows = torch.ops.aten.convolution(x, self.weight, None, *self.geometry)
-        return rows, self._backward(self.k, x, self.weight, [False, True, False])[1]
-
-    def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
-        """Both kinds of rows, pulled back to the input."""
-        wanted = [True, False, False]
-        from_rows = self._backward(rows, self.template, self.weight, wanted)[0]
-        return from_rows + self._backward(self.k, self.template, gradient_rows, wanted)[0]
-
-    def to(self, dtype: torch.dtype) -> TransposedOperator:
-        """Return the same map in another precision."""
-        weight, k, template = self.weight.to(dtype), self.k.to(dtype), self.template.to(dtype)
-        return replace(self, weight=weight, k=k, template=template)
 
 
 @rule_for(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -61,11 +31,11 @@ class TransposedConvolution(Affine):
             [int(n) for n in cast(tuple[int, ...], part)]
             for part in (layer.stride, layer.padding, layer.dilation, layer.output_padding)
         )
-        return TransposedOperator(
+        return DirectOperator(
             layer.weight.detach().to(k.dtype),
             k,
             k.new_zeros(k.shape[0], *input_shape),
-            (stride, padding, dilation, True, more, layer.groups),
+            Geometry(stride, padding, dilation, layer.groups, True, more),
         )
 
     @classmethod
