@@ -303,29 +303,30 @@ class _Recursion:
         if lowest is None:
             place = head_of(self.steps)
             self._named(place)
-            return [self._from_head(place, head) for head in self._heads()]
+            return [
+                self._closed(place, head.inputs, head.k, head.residual, head.residual, head.targets)
+                for head in self._heads()
+            ]
         self._named(lowest)
         step = self.steps[lowest]
         prefix = f"{step.name}." if step.name else ""
         G, b = self.gradients[f"{prefix}weight"], self.gradients[f"{prefix}bias"]
-        x, k, residual, error = closed_form(G, b, torch.finfo(self.dtype).eps)
-        begin = partial(Recovering.begin, step=step, x=x, k=k, residual=residual, error=error)
-        return [_Start(lowest, begin, targets) for targets in self._labels()]
+        found = closed_form(G, b, torch.finfo(self.dtype).eps)
+        return [self._closed(lowest, *found, targets) for targets in self._labels()]
 
-    def _from_head(self, place: int, head: losses.Head) -> _Start:
-        step, error = self.steps[place], max(head.residual, torch.finfo(self.dtype).eps)
-        return _Start(
-            place,
-            partial(
-                Recovering.begin,
-                step=step,
-                x=head.inputs,
-                k=head.k,
-                residual=head.residual,
-                error=error,
-            ),
-            head.targets,
-        )
+    def _closed(
+        self,
+        place: int,
+        x: Tensor,
+        k: Tensor,
+        residual: float,
+        error: float,
+        targets: Tensor | None,
+    ) -> _Start:
+        """At a dense layer whose input and ``k`` are known."""
+        step, error = self.steps[place], max(error, torch.finfo(self.dtype).eps)
+        begin = partial(Recovering.begin, step=step, x=x, k=k, residual=residual, error=error)
+        return _Start(place, begin, targets)
 
     def _named(self, place: int) -> None:
         """Name what cannot be inverted before anything is solved."""

@@ -18,6 +18,7 @@ from . import checks
 from .checks import checked
 from .engine.low_rank import machine_epsilon
 from .engine.sentences import LIMIT, Reader, Sentences
+from .engine.solve import Truncated
 from .engine.span import Span, chance
 from .engine.transformer import GPT2, LAYOUTS, LLAMA, Directions, Layout, Parts, locate
 from .errors import CapacityError, InvalidArgumentError
@@ -87,18 +88,17 @@ def recover_patches(
     Source: a near relative of APRIL's closed form (Lu et al., 2022), without its conditions.
     """
     K = checks.not_all_zero(position_gradient, "position_gradient")
-    U, S, Vh = torch.linalg.svd(K, full_matrices=False)
     limit = 4 * machine_epsilon(K) if cut is None else cut
     if cut is not None and not 0 <= cut < 1:
         raise InvalidArgumentError(f"cut is a share of the largest singular value, got {cut!r}.")
-    rank = int((limit * float(S[0]) < S).sum())
-    if cut is None and rank < len(K):
+    told = Truncated.of(K.T, limit)
+    if cut is None and told.rank < len(K):
         raise CapacityError(
-            f"{len(K)} tokens, and their gradients have rank {rank}, at most {K.shape[1] - 1} of "
-            f"width {K.shape[1]}: larger patches, or cut=1e-6 for the answer of least norm."
+            f"{len(K)} tokens, and their gradients have rank {told.rank}, at most "
+            f"{K.shape[1] - 1} of width {K.shape[1]}: larger patches, or cut=1e-6 for the answer "
+            "of least norm."
         )
-    X: Tensor = (U[:, :rank] / S[:rank]) @ (Vh[:rank] @ patch_gradient)
-    return X
+    return told.solve(patch_gradient)
 
 
 @checked

@@ -220,10 +220,10 @@ class Auditing(Walk):
         self._ask(layer, counted(layer))
         return self._whole(state), below
 
-    def branches(self, step: Step, state: State) -> State:
+    def branches(self, position: int, state: State) -> State:
         """Count the equations of a block of branches, or of the layers inside."""
+        step = self.steps[position]
         assert isinstance(step.module, Block)
-        position = self.steps.index(step)
         x = self.passed.values[position]
         # where the walk stops anyway, what each layer inside could tell is more than a yes or no
         stopped = any(s.rule.refusal is not None for s in self.steps[: self.begins])
@@ -255,7 +255,8 @@ class Auditing(Walk):
         self.masked |= state.weight is not None
         below = position - 1 - len(group.steps)
         x = self.passed.values[below + 1]
-        gradient = group.gradient(x, self.passed.gradients[position])
+        own = [self._gradients(place) for place in range(below + 1, position)]
+        gradient = group.packed({name: g for sent in own for name, g in sent.items()})
         asked = Normalising(step.name, group, rule, x, state, gradient, needed, self.generator)
         self._ask(asked, asked.counted())
         if asked.system.has_tau or not needed:
@@ -413,8 +414,9 @@ def _may_begin(step: Step) -> bool:
 def _summed(module: torch.nn.Module, above: Rule | None) -> bool:
     """Whether a bias here, or of a norm right above, has the sum of ``k`` for its gradient."""
     own = getattr(module, "bias", None) is not None
-    norm = above is not None and above.affine and above.elementwise
-    return own or (norm and getattr(above.module, "bias", None) is not None)  # type: ignore[union-attr]
+    if own or above is None or not above.scales:
+        return own
+    return getattr(above.module, "bias", None) is not None
 
 
 def _selected(rule: Rule, weight: Tensor | None, x: Tensor, y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layers.convolution import ConvolutionOperator
+from .solve import Truncated
 
 __all__ = ["Channels", "nonnegative", "settled", "small", "solve"]
 
@@ -107,17 +108,16 @@ def settled(found: Channels, rows: Callable[[Tensor], Tensor], rest: Tensor) -> 
     if found.free is None:
         return found
     moved = torch.stack([rows(step[None]).flatten() for step in found.free], dim=1)
-    U, values, Vh = torch.linalg.svd(moved, full_matrices=len(moved) < moved.shape[1])
-    rank = int((values > RANK * values[0]).sum()) if float(values[0]) > 0 else 0
-    if not rank:
+    told = Truncated.of(moved)
+    if not told.rank:
         return found
-    along = (Vh[:rank].T / values[:rank]) @ (U[:, :rank].T @ rest.flatten())
+    share = told.smallest / float(told.values[0])
     return replace(
         found,
-        x=found.x + torch.tensordot(along, found.free, 1),
-        smallest=min(found.smallest, float(values[rank - 1] / values[0]) * found.largest),
-        missing=found.missing - rank,
-        free=torch.tensordot(Vh[rank:], found.free, 1),
+        x=found.x + torch.tensordot(told.solve(rest.flatten()), found.free, 1),
+        smallest=min(found.smallest, share * found.largest),
+        missing=found.missing - told.rank,
+        free=torch.tensordot(told.null, found.free, 1),
     )
 
 
@@ -161,11 +161,11 @@ def nonnegative(found: Channels, noise: float = 0.0) -> Channels:
     zero = left.abs() <= 1e3 * slack
     if float(left.min()) < -slack or int(zero.sum()) <= len(c):
         return found
-    U, values, Vh = torch.linalg.svd(N[zero], full_matrices=False)
-    if not float(values[-1]) > RANK * float(values[0]) or not _surrounded(N[zero]):
+    told = Truncated.of(N[zero])
+    if told.rank < len(c) or not _surrounded(N[zero]):
         return found
-    answer = x + every @ (Vh.T @ ((U.T @ -start[zero]) / values))
-    smallest = min(found.smallest, float(values[-1] / values[0]) * found.largest)
+    answer = x + every @ told.solve(-start[zero])
+    smallest = min(found.smallest, told.smallest / float(told.values[0]) * found.largest)
     return Channels(answer.reshape(found.x.shape), smallest, found.largest)
 
 
@@ -205,14 +205,10 @@ def _by_column(M: Tensor, right: Tensor, x: Tensor, where: Tensor) -> _Columns:
         unknown, same = (~columns[:, number]).nonzero().T[0], (kind == number).nonzero().T[0]
         if not len(unknown):
             continue
-        U, values, Vh = torch.linalg.svd(M[:, unknown], full_matrices=len(M) < len(unknown))
-        rank = int((values > RANK * largest).sum())
-        inverse = (Vh[:rank].T / values[:rank]) @ U[:, :rank].T
-        part = inverse @ right[:, same]
-        part = part + inverse @ (right[:, same] - M[:, unknown] @ part)
-        x[unknown[:, None], same] = part
-        smallest = min(smallest, float(values[rank - 1])) if rank else 0.0
-        for direction in Vh[rank:]:
+        part = Truncated.of(M[:, unknown], largest=largest)
+        x[unknown[:, None], same] = part.refined(M[:, unknown], right[:, same])
+        smallest = min(smallest, part.smallest)
+        for direction in part.null:
             spread = x.new_zeros(len(x))
             spread[unknown] = direction
             free += [(int(column), spread) for column in same]

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import InconsistentGradientError
 from ..systems import LayerSystem
 from . import blind, kinks
 from .layers import Rule, pack, rule_of, weight_names
@@ -94,7 +95,6 @@ class Edges:
         self.pulled: dict[tuple[int, int], Tensor] = {}
         self.partial: dict[int, Part] = {}
         self.turns: dict[int, Tensor] = {}
-        self.turned = 0
         self.tried: set[tuple[int, str]] = set()
         self.found: list[Found] = []
 
@@ -141,11 +141,12 @@ class Edges:
             self._know(len(self.values) - 1, value, None if weight is None else weight > 0)
         if turn is not None:
             self.turns[len(self.ks) - 1] = turn
-        while not self.whole:
-            if self._pass():
-                continue
-            if not (self._solve() or self._blind(lowest=k is None)):
-                return False
+        try:
+            while not self.whole:
+                if not (self._pass() or self._solve() or self._blind(lowest=k is None)):
+                    return False
+        except InconsistentGradientError:  # no value inside a layer's range explains the gradient
+            return False
         return True
 
     def _know(self, edge: int, value: Tensor, known: Tensor | None) -> None:
@@ -265,7 +266,7 @@ class Edges:
                 self.ks[place + 1] = k
         elif rule.reshapes:
             self.ks[place + 1] = k.reshape(self.shapes[place + 1])
-        elif rule.affine and rule.elementwise and not rule.random:
+        elif rule.scales:
             (gain,) = _pull(module, torch.ones_like(k), [torch.zeros_like(k)])
             if bool((gain != 0).all()):
                 self.ks[place + 1] = k / gain
@@ -275,7 +276,7 @@ class Edges:
     def _solve(self) -> bool:
         """One layer's input from its output gradient, or its output gradient from its input."""
         for place in reversed(range(len(self.block.nodes))):
-            node, k, source = self.block.nodes[place], self.ks[place + 1], None
+            node, k = self.block.nodes[place], self.ks[place + 1]
             G = self._gradient(place)
             if G is None or len(node.sources) != 1:
                 continue
@@ -333,7 +334,6 @@ class Edges:
         if turn is not None and (sums := self._total(place)) is not None:
             told = kinks.told_by_sums(k, turn, sums, self.noise)
             if bool(told.any()):
-                self.turned += int(told.sum())
                 change = torch.where(told, turn, torch.zeros_like(turn))
                 self.turns[place + 1] = turn = torch.where(told, -turn, turn)
                 self._turned(place + 1, change)
@@ -343,7 +343,6 @@ class Edges:
         if doubtful and turn is not None and bool(turn.any()):
             system, solution, turned = kinks.settle(system, solution, G, turn, solve)
             if turned:
-                self.turned += turned
                 self._turned(place + 1, system.k - k)
         if not solution.full_rank:
             return None
@@ -379,28 +378,24 @@ class Edges:
         if (above, slot) in self.pulled:
             self.pulled[above, slot] = self.pulled[above, slot] + change
         self.ks[source] = None
-        for place, node in enumerate(self.block.nodes):
-            if place + 1 == source:
-                for number, below in enumerate(node.sources):
-                    self.pulled.pop((place, number), None)
-                    self.ks[below] = None
+        for number, below in enumerate(self.block.nodes[source - 1].sources if source else ()):
+            self.pulled.pop((source - 1, number), None)
+            self.ks[below] = None
 
     def _straight(self, place: int) -> bool:
         """Whether a layer hands its gradient down entry by entry, whatever the values."""
-        rule = self.rules[place]
-        scale = rule.affine and rule.elementwise and not rule.random
-        return scale or isinstance(self.block.layers[place], Sum)
+        return self.rules[place].scales or isinstance(self.block.layers[place], Sum)
 
     def _note(self, found: Found) -> None:
         self.found.append(found)
         self.noise = max(self.noise, 3 * found.solution.residual)
 
     def _cleaned(self, edge: int, value: Tensor) -> Tensor:
-        """Without the rounding of what an activation had set to zero."""
+        """Without the rounding of what an activation had set to zero; refused out of its range."""
         if edge == 0 or not (rule := self.rules[edge - 1]).elementwise or rule.random:
             return value
         undone = rule.undo(value, self.block.nodes[edge - 1].name, self.noise)
-        if not rule.kinked or rule.affine:
+        if not rule.kinked:
             return value
         return torch.where(undone.known, value, rule.forward(undone.inputs))
 
@@ -460,7 +455,7 @@ def total(own: Tensor | None, norm: Rule | None, bias: Tensor | None) -> Tensor 
     """
     if own is not None:
         return own
-    if norm is None or bias is None or not (norm.affine and norm.elementwise) or norm.random:
+    if norm is None or bias is None or not norm.scales:
         return None
     dims = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
     extra = next((d for kind, d in dims.items() if isinstance(norm.module, kind)), 0)

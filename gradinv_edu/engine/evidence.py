@@ -20,7 +20,7 @@ from .blind import possible
 from .layers import Affine, rule_of, weight_names
 from .layers.convolution import Conv
 from .reports import TOLERANCES
-from .solve import DENSE, Solution, inertia_rank, rank_of, rank_test
+from .solve import DENSE, Solution, inertia_rank, patience, rank_of, rank_test
 from .verdicts import LayerAudit, Verdict
 from .walk import Group
 
@@ -195,7 +195,7 @@ def iterative(layer: Layer) -> LayerAudit | None:
     positions = system.k.numel() // (shape[0] if len(shape) > 1 else system.k.shape[1])
     price = 4 * shape.numel() * positions + TRAFFIC * (n + system.k.numel())
     budget = ASIDE if layer.block or not layer.needed else BUDGET
-    cap = int(min(10_000 + 4 * math.isqrt(n), budget / price))
+    cap = int(min(patience(n), budget / price))
     if cap < FEWEST:
         return None
     A = ScaledSystem(system)

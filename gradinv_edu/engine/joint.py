@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import InconsistentGradientError
 from . import block, normalised
 from .edges import Edges
 from .evidence import ENTRIES, TRIED, tested
@@ -64,20 +63,9 @@ class Branching:
 
     def counted(self) -> LayerAudit:
         """Fewer rows than unknowns decide at once."""
-        system, n = self.system, self.x.numel()
-        rows = system.weight_equations + system.gradient_equations
-        found = LayerAudit(
-            name=self.step.name,
-            kind=self.step.rule.kind,
-            unknowns=n,
-            weight_equations=system.weight_equations,
-            gradient_equations=system.gradient_equations,
-            rank=min(rows, n),
-            method="undecided",
-            recoverable=None,
-            needed=self.needed,
-        )
-        return replace(found, method="at most", recoverable=False) if rows < n else found
+        system, step = self.system, self.step
+        counts = (self.x.numel(), system.weight_equations, system.gradient_equations)
+        return LayerAudit.counted(step.name, step.rule.kind, *counts, needed=self.needed)
 
     def joint(self, found: LayerAudit) -> LayerAudit:
         """Test the rank of all rows together, and solve a small block as a recovery does."""
@@ -109,18 +97,13 @@ class Branching:
             return False
         sent, shape = system.gradients_at(self.x), self.step.input_shape
         edges = Edges(system.block, sent, shape, 1e-16, self.positive)
-        try:
-            return edges.settle(self.state.k, self.state.value, self.state.weight)
-        except InconsistentGradientError:
-            return False
+        return edges.settle(self.state.k, self.state.value, self.state.weight)
 
     def _rank(self, system: block.BlockSystem) -> tuple[int, str, bool | None]:
         n, x = self.x.numel(), self.x
         equations = system.weight_equations + system.gradient_equations
         if n <= DENSE and n * equations <= ENTRIES:
-            at = Linearised(system.rows, x)
-            units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape)
-            rank = rank_of(torch.stack([at.forward(unit).flat() for unit in units], dim=1))
+            rank = rank_of(Linearised(system.rows, x).matrix())
             return rank, "svd", rank == n
         assert self.generator is not None
         system.balance(x, self.generator)
@@ -173,17 +156,14 @@ class Normalising:
 
     def counted(self) -> LayerAudit:
         """Fewer rows than unknowns decide at once."""
-        system = self.system
-        n, few = system.unknowns, system.equations < system.unknowns
-        return LayerAudit(
-            name=f"{self.group.name}+{self.name}",
-            kind=f"{self.group.kind}+{self.rule.kind}",
-            unknowns=n,
-            weight_equations=system.equations - system.gradient_equations,
-            gradient_equations=system.gradient_equations,
-            rank=min(n, system.equations),
-            method="at most" if few else "undecided",
-            recoverable=False if few else None,
+        system, group = self.system, self.group
+        gradient = system.gradient_equations
+        return LayerAudit.counted(
+            f"{group.name}+{self.name}",
+            f"{group.kind}+{self.rule.kind}",
+            system.unknowns,
+            system.equations - gradient,
+            gradient,
             needed=self.needed,
         )
 

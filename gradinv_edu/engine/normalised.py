@@ -13,7 +13,7 @@ from .krylov import Progress, Rows, cgls, squared_norm
 from .layers import pull_back
 from .layers.norms import Norm
 from .norm_system import NormSystem, nonzero, per_sample
-from .solve import DENSE, ROUNDING, Linearised, Solution, gauss_newton, rank_test
+from .solve import DENSE, ROUNDING, Linearised, Solution, gauss_newton, patience, rank_test
 
 __all__ = ["Normalised", "account_at", "from_gradients", "solve"]
 
@@ -190,22 +190,13 @@ def _least_squares(
 ) -> tuple[Tensor, int]:
     """By a factorisation while that is cheap, else by conjugate gradients."""
     if at.like.numel() <= DENSE:
-        A, rhs = _matrix(at), b.flat()
+        A, rhs = at.matrix(), b.flat()
         inverse = torch.linalg.pinv(A, rtol=1e-14)
         x = inverse @ rhs
         return x + inverse @ (rhs - A @ x), 0
     size = math.sqrt(squared_norm(at.adjoint(b)))
-    run = cgls(at, b, wanted * size, _cap(at), progress=progress)
+    run = cgls(at, b, wanted * size, patience(at.like.numel()), progress=progress)
     return run.x, run.iterations
-
-
-def _cap(at: Linearised) -> int:
-    return 10_000 + 4 * math.isqrt(at.like.numel())
-
-
-def _matrix(at: Linearised) -> Tensor:
-    units = torch.eye(at.like.numel(), dtype=at.like.dtype, device=at.like.device)
-    return torch.stack([at.forward(unit).flat() for unit in units], dim=1)
 
 
 def _descend(
@@ -277,8 +268,8 @@ def account_at(system: NormSystem, x: Tensor, generator: torch.Generator | None)
 def _account(at: Linearised, generator: torch.Generator | None = None) -> Solution:
     """What the equations leave open at the answer."""
     if at.like.numel() > DENSE:
-        return rank_test(at, at.like, cap=_cap(at), generator=generator)
-    values = torch.linalg.svdvals(_matrix(at))
+        return rank_test(at, generator=generator)
+    values = torch.linalg.svdvals(at.matrix())
     largest = float(values[0])
     seen = values[values > TOLERANCE * largest] if largest > 0 else values[:0]
     smallest = float(seen[-1]) if len(seen) else 0.0

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from .. import checks
 from ..errors import InvalidTensorError, NotRecoveredError
+from .jacobian import forked_randomness
 from .reports import LayerReport
-from .solve import Solution
+from .solve import Solution, Truncated
+from .transformer import Reached
 
 __all__ = ["PatchEmbedding", "find"]
 
@@ -87,16 +89,17 @@ class PatchEmbedding:
             sent[self.rows.to(sent.device)], f"The gradient of {self.positions}"
         )
         G = gradients[weight].flatten(1)
-        U, S, Vh = torch.linalg.svd(K, full_matrices=False)
-        largest, rank = float(S[0]), int((4 * eps * S[0] < S).sum())
-        X = (U[:, :rank] / S[:rank]) @ (Vh[:rank] @ G)
+        told = Truncated.of(K.T, 4 * eps)
+        X = told.solve(G)
         residual = float((K.T @ X - G).norm() / G.norm().clamp_min(1e-300))
         step = self.conv.kernel_size
         x = functional.fold(X.T[None], self.input_shape[1:], step, stride=step)
-        solution = Solution(x, residual, 0, 1 - rank / len(K), float(S[rank - 1]), largest)
+        values = told.values[: told.rank]
+        open_ = 1 - told.rank / len(K)
+        solution = Solution(x, residual, 0, open_, told.smallest, float(values[0]))
         # what is unexplained shows the noise in each of D − T directions, and 1/S what it does to X
         noise = max(residual, eps) / max(self.width - 1 - len(K), 1) ** 0.5
-        spread = float((1 / S[:rank]).norm() * G.norm() / X.norm().clamp_min(1e-300))
+        spread = float((1 / values).norm() * G.norm() / X.norm().clamp_min(1e-300))
         error = noise * spread
         equations = (self.width - 1) * G.shape[1]
         return x, LayerReport(self.name, self.unknowns, equations, solution, error)
@@ -120,23 +123,21 @@ def find(model: nn.Module, input_shape: Shape) -> PatchEmbedding | None:
         outputs.append(output)
 
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        stream.append(inputs[0])
-        raise _Reached
+        raise Reached(inputs[0])
 
     hooks = [conv.register_forward_hook(keep)]
     hooks += [norm.register_forward_pre_hook(stop) for norm in norms]
     weights = {n: p for n, p in model.named_parameters() if p.shape[-1:] == (conv.out_channels,)}
     positions = {n: p for n, p in weights.items() if p.dim() in (2, 3) and "weight" not in n}
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     source = torch.Generator().manual_seed(0)
     x = torch.rand(1, *input_shape, generator=source).to(conv.weight)
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with forked_randomness(), torch.enable_grad():
             refusal = f"The model does not take pictures of shape {tuple(input_shape)}"
             with checks.fitting(refusal):
                 model(x)
-    except _Reached:
-        pass
+    except Reached as reached:
+        stream.append(reached.stream)
     except AssertionError as error:
         raise InvalidTensorError(f"{refusal}: {error}") from error
     finally:
@@ -168,7 +169,3 @@ def _tiles(conv: nn.Conv2d, shape: Shape) -> bool:
     unpadded = conv.padding in ((0, 0), 0, "valid")
     divides = fits and all(s % k == 0 for s, k in zip(shape[1:], kernel, strict=True))
     return plain and unpadded and divides and math.prod(kernel) > 1
-
-
-class _Reached(Exception):
-    """Not an error: the place where to stop."""

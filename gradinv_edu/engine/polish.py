@@ -22,6 +22,7 @@ from .solve import (
     draw,
     extreme_eigenvalues,
     gauss_newton,
+    patience,
     rank_test,
 )
 
@@ -191,7 +192,7 @@ def polish(
     dense = unknowns <= DENSE
     made = _cholesky(first, generator) if dense else _diagonal(first, generator)
     undo, undo_transposed, low, high = made
-    cap, tolerance, iterations = 10_000 + 4 * math.isqrt(unknowns), 1e-8 if dense else 1e-6, 0
+    cap, tolerance, iterations = patience(unknowns), 1e-8 if dense else 1e-6, 0
 
     def step(x: Tensor, r: Rows, gap: float) -> Tensor:
         nonlocal iterations

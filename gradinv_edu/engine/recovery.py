@@ -16,7 +16,7 @@ from . import blind, block, kinks, normalised, preimages, unpool
 from .edges import Edges, in_doubt, total
 from .graph import Step
 from .hidden import Hidden, bias_below, fitted, shifted, shifts, summed
-from .layers import pack, pull_back, weight_names
+from .layers import pull_back, weight_names
 from .layers.branches import Block
 from .layers.convolution import Conv
 from .layers.norms import Norm, RunningNorm
@@ -122,7 +122,7 @@ class Recovering(Walk):
             solved = self._dense(group, state)
             if solved is not None:
                 return solved, below
-        module, gradient = group.module, self._packed(group)
+        module, gradient = group.module, group.packed(self.gradients)
         doubt, unsettled = state.doubt, 0
         if doubt is not None:
             sides, unsettled = preimages.settle(
@@ -157,7 +157,6 @@ class Recovering(Walk):
             system, solution, turned = self.settle(system, solution, gradient, state.turn, solve)
         error = error_of(solution, system, state.error)
         k = pull_back(module, system.k, solution.x)
-        found = State(solution.x, None, k, max(3 * solution.residual, self.eps), error)
         if not solution.full_rank:
             borrowed = self._borrow(group, state, system, solution, k, below, gradient)
             if borrowed is not None:
@@ -167,10 +166,20 @@ class Recovering(Walk):
                 return borrowed
         if doubt is not None:
             unsettled = self._unsettled(system, solution, doubt, unsettled)
-        counts = (system.unknowns, system.equations)
-        report = LayerReport(group.name, *counts, solution, error, turned, unsettled)
+        account = LayerReport(
+            group.name, system.unknowns, system.equations, solution, error, turned, unsettled
+        )
+        return self.reached(account, k), below
+
+    def reached(self, report: LayerReport, k: Tensor) -> State:
+        """Note a layer whose input was found; what is known there."""
         self.reports.append(report)
-        return found, below
+        noise = max(3 * report.residual, self.eps)
+        return State(report.inputs, None, k, noise, report.error)
+
+    def _rounded(self, solution: Solution) -> float:
+        """Error of an input: residual, or rounding, over the smallest singular value."""
+        return max(solution.residual, self.eps) * solution.condition
 
     def _unsettled(
         self, system: LayerSystem, solution: Solution, doubt: preimages.Doubt, unsure: int
@@ -191,17 +200,6 @@ class Recovering(Walk):
     ) -> tuple[LayerSystem, Solution, int]:
         """Turn the units above that the layer's own gradient shows on the other side."""
         return kinks.settle(system, solution, gradient, turn, solve)
-
-    def _packed(self, group: Group) -> Tensor | None:
-        """Weight gradients of a group in one tensor; None where one was not sent."""
-        gradients: dict[str, Tensor] = {}
-        for step in group.steps:
-            for name in weight_names(step.module):
-                value = self.gradient(step, name)
-                if value is None:
-                    return None
-                gradients[f"{step.name}.{name}"] = value
-        return pack(gradients) if gradients else None
 
     def _borrow(
         self,
@@ -224,26 +222,22 @@ class Recovering(Walk):
             return None
         floors, solved, below = found
         account = replace(solved.solution, x=solved.inputs[0])
-        error = max(account.residual, self.eps) * account.condition
         name = "+".join([*(floor.name for floor in floors), group.name])
-        unknowns = solved.solution.x.numel()
-        self.reports.append(LayerReport(name, unknowns, solved.equations, account, error))
+        unknowns, error = solved.solution.x.numel(), self._rounded(account)
         for floor, z in zip(reversed(floors), reversed(solved.outputs), strict=True):
             slope = floor.activate(z)[1].reshape(z.shape)
             k = pull_back(floor.module, k.reshape(z.shape) * slope, floor.like)
-        noise = max(3 * account.residual, self.eps)
-        return State(solved.inputs[0], None, k, noise, error), below
+        return self.reached(LayerReport(name, unknowns, solved.equations, account, error), k), below
 
-    def branches(self, step: Step, state: State) -> State:
+    def branches(self, position: int, state: State) -> State:
         """Solve a block of branches as one."""
+        step = self.steps[position]
         assert isinstance(step.module, Block)
         if state.doubt is not None:
-            return self._branches_in_doubt(step, state, state.doubt)
-        names = step.parameters()
-        sent = {own: self.gradients[known] for own, known in names if known in self.gradients}
-        system = block.BlockSystem(step.module, state.k, sent, state.weight)
+            return self._branches_in_doubt(position, state, state.doubt)
+        system = block.BlockSystem(step.module, state.k, self._sent(step), state.weight)
         with bar(step.name, self.progress) as progress:
-            solution = self._unfolded(step, state, system) or block.solve(
+            solution = self._unfolded(position, state, system) or block.solve(
                 system,
                 state.value,
                 step.input_shape,
@@ -254,24 +248,26 @@ class Recovering(Walk):
         spread = solution.largest_singular_value / max(solution.smallest_singular_value, 1e-300)
         error = max(solution.residual, self.eps) * spread
         equations = system.weight_equations + system.gradient_equations
-        self.reports.append(LayerReport(step.name, solution.x.numel(), equations, solution, error))
         k = pull_back(step.module, system.k, solution.x)
-        return State(solution.x, None, k, max(3 * solution.residual, self.eps), error)
+        report = LayerReport(step.name, solution.x.numel(), equations, solution, error)
+        return self.reached(report, k)
 
-    def _unfolded(self, step: Step, state: State, system: block.BlockSystem) -> Solution | None:
+    def _sent(self, step: Step) -> dict[str, Tensor]:
+        """Gradients of a step's parameters, by the names in the step."""
+        names = step.parameters()
+        return {own: self.gradients[known] for own, known in names if known in self.gradients}
+
+    def _unfolded(self, position: int, state: State, system: block.BlockSystem) -> Solution | None:
         """A block's input layer by layer, where their own gradients are enough."""
         if self.batch_size > 1:
             return None
-        below = positive(self.steps, self.steps.index(step))
-        edges = Edges(system.block, system.gradients, step.input_shape, state.noise, below)
-        try:
-            if not edges.settle(state.k, state.value, state.weight, state.turn):
-                return None
-        except InconsistentGradientError:
+        shape, below = self.steps[position].input_shape, positive(self.steps, position)
+        edges = Edges(system.block, system.gradients, shape, state.noise, below)
+        if not edges.settle(state.k, state.value, state.weight, state.turn):
             return None
-        assert edges.values[0] is not None and edges.ks[-1] is not None
+        assert edges.ks[-1] is not None
         solution, system.k = edges.solution, edges.ks[-1]
-        residual = system.residual(edges.values[0], state.value)
+        residual = system.residual(solution.x, state.value)
         return replace(solution, residual=residual) if residual <= self.consistent else None
 
     def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
@@ -300,15 +296,15 @@ class Recovering(Walk):
                 progress=progress,
             )
         solution, x = found.solution, found.solution.x
-        error = max(solution.residual, self.eps) * solution.condition
-        self.reports.append(LayerReport(stack.name, x.numel(), found.equations, solution, error))
         k = found.k
         if stack.below is not None:
             with torch.no_grad():
                 inner = stack.below(x)
             k = pull_back(stack.affine, k, inner.clamp_min(0)) * (inner > 0)
         k = pull_back(stack.below or stack.affine, k, x)
-        return State(x, None, k, max(3 * solution.residual, self.eps), error), below
+        counts = (x.numel(), found.equations)
+        report = LayerReport(stack.name, *counts, solution, self._rounded(solution))
+        return self.reached(report, k), below
 
     # --- a convolution that needs nothing from above ------------------------------------------
 
@@ -318,7 +314,7 @@ class Recovering(Walk):
         if self.batch_size > 1:
             return None
         if isinstance(step.module, Block):
-            return self._blind_block(step)
+            return self._blind_block(position)
         conv, G = step.module, self.gradient(step, "weight")
         if G is None or not isinstance(conv, Conv) or not blind.possible(conv, step.input_shape):
             return None
@@ -334,42 +330,39 @@ class Recovering(Walk):
         k = pull_back(conv, seen.k, seen.solution.x)
         return self._begun(step.name, G.numel(), seen.solution, k)
 
-    def _blind_block(self, step: Step) -> State | None:
-        assert isinstance(step.module, Block)
-        sent = {own: self.gradients[n] for own, n in step.parameters() if n in self.gradients}
+    def _blind_block(self, position: int) -> State | None:
+        step = self.steps[position]
+        sent = self._sent(step)
         if not sent or step.rule.refusal is not None:
             return None
-        below = positive(self.steps, self.steps.index(step))
+        assert isinstance(step.module, Block)
+        below = positive(self.steps, position)
         edges = Edges(step.module, sent, step.input_shape, self.eps, below)
-        try:
-            if not edges.settle():
-                return None
-        except InconsistentGradientError:
+        if not edges.settle():
             return None
         assert edges.ks[0] is not None
         equations = sum(found.equations for found in edges.found)
         return self._begun(step.name, equations, edges.solution, edges.ks[0])
 
     def _begun(self, name: str, equations: int, solution: Solution, k: Tensor) -> State | None:
-        error = max(solution.residual, self.eps) * solution.condition
+        error = self._rounded(solution)
         if not error <= self.accurate:
             return None
-        self.reports.append(LayerReport(name, solution.x.numel(), equations, solution, error))
-        return State(solution.x, None, k, max(3 * solution.residual, self.eps), error)
+        return self.reached(LayerReport(name, solution.x.numel(), equations, solution, error), k)
 
-    def _branches_in_doubt(self, step: Step, state: State, doubt: preimages.Doubt) -> State:
+    def _branches_in_doubt(self, position: int, state: State, doubt: preimages.Doubt) -> State:
         """Plain alternation; the fit is no proof, so that every unit is told as unsettled."""
         side = torch.zeros_like(doubt.units)
         for _ in range(ALTERNATIONS):
-            found = self.branches(step, state.chosen(doubt.choose(side)))
+            found = self.branches(position, state.chosen(doubt.choose(side)))
             with torch.no_grad():
-                new = doubt.nearer(step.module(found.value))
+                new = doubt.nearer(self.steps[position].module(found.value))
             if torch.equal(new, side):
                 break
             side = new
             self.reports.pop()
         else:
-            found = self.branches(step, state.chosen(doubt.choose(side)))
+            found = self.branches(position, state.chosen(doubt.choose(side)))
         self.reports[-1] = replace(self.reports[-1], unsettled=int(doubt.units.sum()))
         return found
 
@@ -397,7 +390,7 @@ class Recovering(Walk):
             state.value,
             state.k,
             group.input_shape,
-            self._packed(group),
+            group.packed(self.gradients),
             state.weight,
             sent=sent,
         )
@@ -407,12 +400,9 @@ class Recovering(Walk):
                 system, noise=self.eps, generator=self.generator, progress=progress
             )
         error = error_of(found.solution, system, state.error)
-        self.reports.append(
-            LayerReport(name, found.unknowns, found.equations, found.solution, error)
-        )
-        noise = max(3 * found.solution.residual, self.eps)
+        report = LayerReport(name, found.unknowns, found.equations, found.solution, error)
         hidden = None if found.scaled else Hidden(step.name, found.factor, found.unseen)
-        below = State(found.inputs, None, found.k, noise, error, hidden=hidden)
+        below = replace(self.reached(report, found.k), hidden=hidden)
         return below, position - 1 - len(group.steps)
 
     def reveal(self, state: State, below: int) -> State:
@@ -501,11 +491,9 @@ class Recovering(Walk):
         """Report a dense layer's input, ``(N, n)``, found in closed form, and go below it."""
         solution = Solution(x, residual, 0, 0.0, 1.0, 1.0)
         outputs, inputs = math.prod(step.output_shape), math.prod(step.input_shape)
-        unknowns = self.batch_size * inputs
-        self.reports.append(LayerReport(step.name, unknowns, outputs * inputs, solution, error))
-        noise = max(3 * residual, self.eps)
-        k_below = pull_back(step.module, k, x)
-        return State(x, None, k_below, noise, error if below is None else below)
+        report = LayerReport(step.name, self.batch_size * inputs, outputs * inputs, solution, error)
+        state = self.reached(report, pull_back(step.module, k, x))
+        return state if below is None else replace(state, error=below)
 
 
 def closed_form(G: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, float, float]:

@@ -17,12 +17,14 @@ __all__ = [
     "Operator",
     "Preconditioned",
     "Solution",
+    "Truncated",
     "draw",
     "extreme_directions",
     "extreme_eigenvalues",
     "gauss_newton",
     "inertia_rank",
     "least_squares",
+    "patience",
     "rank_of",
     "rank_test",
 ]
@@ -129,7 +131,7 @@ def least_squares(
     n = A.like.numel()
     if dense if dense is not None else n <= DENSE:
         return _by_svd(A, b)
-    cap = cap or _cap(n)
+    cap = cap or patience(n)
     size = math.sqrt(squared_norm(A.adjoint(b))) or 1.0
     fast = A.to(torch.float32)
     run = cgls(A, b, max(ROUNDING, 1e-4 * noise) * size, cap, fast=fast, progress=progress)
@@ -147,20 +149,63 @@ def least_squares(
 
 def _by_svd(A: Operator, b: Rows) -> Solution:
     M, rhs = A.matrix(), b.flat()
-    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    largest = float(S[0])
-    rank = int((largest * TOLERANCE < S).sum()) if largest > 0 else 0
-    inverse = (Vh[:rank].T / S[:rank]) @ U[:, :rank].T
-    x = inverse @ rhs
-    x = x + inverse @ (rhs - M @ x)  # one refinement: the SVD's own rounding
+    found = Truncated.of(M)
+    x = found.refined(M, rhs)
     return Solution(
         x=x.reshape(A.like.shape),
         residual=_ratio(float((rhs - M @ x).norm()), float(rhs.norm())),
         iterations=0,
-        undetermined=1 - rank / x.numel(),
-        smallest_singular_value=float(S[rank - 1]) if rank else 0.0,
-        largest_singular_value=largest,
+        undetermined=1 - found.rank / x.numel(),
+        smallest_singular_value=found.smallest,
+        largest_singular_value=float(found.values[0]),
     )
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A matrix by its singular values above a limit: ``M ≈ U diag(values) Vh`` up to ``rank``.
+
+    Attributes
+    ----------
+    U, values, Vh : Tensor
+        Of all singular values, descending.
+    rank : int
+        How many lie above the limit.
+    """
+
+    U: Tensor
+    values: Tensor
+    Vh: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, M: Tensor, share: float = TOLERANCE, largest: float | None = None) -> Truncated:
+        """Factorise; values above a share of the largest count, or of another matrix's largest."""
+        U, values, Vh = torch.linalg.svd(M, full_matrices=len(M) < M.shape[1])
+        largest = float(values[0]) if largest is None else largest
+        rank = int((values > share * largest).sum()) if largest > 0 else 0
+        return cls(U, values, Vh, rank)
+
+    @property
+    def smallest(self) -> float:
+        """Least of the singular values that count; zero where none does."""
+        return float(self.values[self.rank - 1]) if self.rank else 0.0
+
+    @property
+    def null(self) -> Tensor:
+        """Directions that the matrix does not see, a row each."""
+        return self.Vh[self.rank :]
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Least-squares answers of least norm, a column each."""
+        r = self.rank
+        inverse: Tensor = (self.Vh[:r].T / self.values[:r]) @ self.U[:, :r].T
+        return inverse @ rhs
+
+    def refined(self, M: Tensor, rhs: Tensor) -> Tensor:
+        """The same, with one refinement: the factorisation's own rounding."""
+        x = self.solve(rhs)
+        return x + self.solve(rhs - M @ x)
 
 
 def rank_test(
@@ -197,7 +242,7 @@ def rank_test(
         With ``x`` what is left of the start.
     """
     like = A.like if like is None else like  # type: ignore[attr-defined]
-    cap = cap or _cap(like.numel())
+    cap = cap or patience(like.numel())
     dye = draw(like, generator)
     left, run = open_share(A, dye, cap, fast=fast, progress=progress)
     longest = max((r for r in (beside, run) if r is not None), key=lambda r: len(r.alphas))
@@ -215,7 +260,8 @@ def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return drawn.to(like.device)
 
 
-def _cap(n: int) -> int:
+def patience(n: int) -> int:
+    """Steps of conjugate gradients that ``n`` unknowns may take."""
     return 10_000 + 4 * math.isqrt(n)
 
 
@@ -325,6 +371,13 @@ class Linearised:
             self.pulled, self.tangents, steps, retain_graph=True, is_grads_batched=True
         )
         return torch.cat([part.detach().flatten(1) for part in pushed], dim=1)
+
+    def matrix(self) -> Tensor:
+        """``(rows, unknowns)``."""
+        n = self.like.numel()
+        units = torch.eye(n, dtype=self.like.dtype, device=self.like.device)
+        columns = [self.forward(unit).flat() for unit in units.reshape(n, *self.like.shape)]
+        return torch.stack(columns, dim=1)
 
     def adjoint(self, r: Rows) -> Tensor:
         """Rows pulled back to the input."""

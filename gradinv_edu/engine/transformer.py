@@ -14,7 +14,7 @@ from ..errors import UnsupportedLayerError, VanishingGradientError
 from ..update import Update
 from .low_rank import machine_epsilon
 
-__all__ = ["GPT2", "LAYOUTS", "LLAMA", "Directions", "Layout", "Parts", "locate"]
+__all__ = ["GPT2", "LAYOUTS", "LLAMA", "Directions", "Layout", "Parts", "Reached", "locate"]
 
 CHUNK = 2**22  # entries of a stream that are computed at a time
 
@@ -108,7 +108,7 @@ class Parts:
         reader = self.model.get_submodule(self.projections[block][0])
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Reached(inputs[0][:, -1].double())
+            raise Reached(inputs[0][:, -1].double())
 
         hook = reader.register_forward_pre_hook(stop)
         try:
@@ -120,7 +120,7 @@ class Parts:
                         f"The forward pass does not come to {self.projections[block][0]}: describe "
                         "the model with layout=Layout(embedding, positions, blocks, projections)."
                     )
-                except _Reached as reached:
+                except Reached as reached:
                     yield reached.stream
         finally:
             hook.remove()
@@ -167,7 +167,7 @@ class Parts:
         return float(entry * sum(side**0.5 for side in sent.shape))
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Not an error: the place where to stop."""
 
     def __init__(self, stream: Tensor) -> None:

@@ -84,6 +84,16 @@ class LayerAudit:
     block: str = ""
     unsettled: int = 0
 
+    @classmethod
+    def counted(
+        cls, name: str, kind: str, unknowns: int, weight: int, gradient: int, *, needed: bool
+    ) -> LayerAudit:
+        """By its equations' number alone: fewer than unknowns decide at once."""
+        few = weight + gradient < unknowns
+        rank = min(weight + gradient, unknowns)
+        method, recoverable = ("at most", False) if few else ("undecided", None)
+        return cls(name, kind, unknowns, weight, gradient, rank, method, recoverable, needed=needed)
+
     @property
     def rank_index(self) -> int:
         """``rank − unknowns``: zero where the input is determined, else minus what is missing."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import InconsistentGradientError, UnsupportedLayerError
 from ..systems import LayerSystem, ScaledSystem
@@ -17,7 +16,7 @@ from . import preimages, segment
 from .graph import Step
 from .hidden import Hidden
 from .krylov import Progress, Rows
-from .layers import Rule, Undone, pull_back, weight_names
+from .layers import Rule, Undone, pack, weight_names
 from .layers.branches import Branches
 from .layers.convolution import Convolution
 from .layers.norms import Norm
@@ -107,14 +106,16 @@ class Group:
         """Of the first layer."""
         return self.steps[0].input_shape
 
-    def gradient(self, x: Tensor, k: Tensor) -> Tensor | None:
-        """``∂L/∂W`` at an input, where there is one weight alone."""
-        module = self.module
-        names = weight_names(module)
-        if len(names) != 1:
-            return None
-        weight = module.get_parameter(names[0]).detach()
-        return pull_back(lambda W: functional_call(module, {names[0]: W}, (x,)), k, weight)
+    def packed(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """Weight gradients in one tensor, by the model's names; None where one was not sent."""
+        wanted: dict[str, Tensor] = {}
+        for step in self.steps:
+            names = dict(step.parameters())
+            for own in weight_names(step.module):
+                if names[own] not in gradients:
+                    return None
+                wanted[names[own]] = gradients[names[own]]
+        return pack(wanted) if wanted else None
 
     @classmethod
     def ending_at(cls, steps: Sequence[Step], position: int) -> Group:
@@ -209,9 +210,9 @@ def _fed(steps: Sequence[Step], position: int) -> int | None:
             return None
         if isinstance(rule, Convolution):
             return place
-        if rule.elementwise and not rule.affine and not bent:
+        if rule.elementwise and not rule.scales and not bent:
             bent = True
-        elif not (rule.affine and rule.elementwise):
+        elif not rule.scales:
             return None
     return None
 
@@ -282,7 +283,7 @@ class Walk(ABC):
             elif rule.elementwise:
                 state = self.undo(step, state)
             elif isinstance(rule, Branches):
-                state = self.branches(step, state)
+                state = self.branches(position, state)
             elif rule.pools and (stack := Stack.under(self.steps, position)) is not None:
                 state, below = self.pool(stack, state, position - len(stack.steps))
             elif rule.pools:
@@ -303,7 +304,7 @@ class Walk(ABC):
         """Take layers that give rows; state at their input, and the position below them."""
 
     @abstractmethod
-    def branches(self, step: Step, state: State) -> State:
+    def branches(self, position: int, state: State) -> State:
         """Take a block of branches."""
 
     @abstractmethod

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.adam import adam  # its class would load torch's compiler
 
 from .. import checks
 from ..errors import InvalidArgumentError, MissingExtraError
@@ -298,19 +299,25 @@ def train(
 ) -> nn.Module:
     """Train a copy by Adam on random pieces of a text, ``ids`` ``(T,)``; the loss halves soon."""
     net, source = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    weights = list(net.parameters())
+    weights = list[Tensor](net.parameters())
     means, squares = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    for step in range(1, steps + 1):
+    counts = [torch.zeros(()) for _ in weights]
+    known: dict[str, Any] = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }
+    for _ in range(steps):
         pieces = sentences(ids, batch, length, generator=source)
         loss = functional.cross_entropy(net(pieces[:, :-1]), pieces[:, 1:])
+        gradients = [*torch.autograd.grad(loss, weights)]
         with torch.no_grad():
-            for w, g, m, v in zip(
-                weights, torch.autograd.grad(loss, weights), means, squares, strict=True
-            ):
-                m.lerp_(g, 0.1)
-                v.lerp_(g.square(), 0.001)
-                rate = 1e-3 / (1 - 0.9**step)
-                w.sub_(rate * m / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+            adam(
+                weights, gradients, means, squares, [], counts,
+                foreach=False, amsgrad=False, maximize=False, **known,
+            )  # fmt: skip
     return net
 
 

@@ -95,6 +95,11 @@ class Rule:
         return None if able else self.reason
 
     @property
+    def scales(self) -> bool:
+        """Whether it scales and shifts every entry: gradients pass it whatever its values."""
+        return self.affine and self.elementwise
+
+    @property
     def inside(self) -> float:
         """Some output that can be undone, for entries that are not known anyway."""
         return 0.0
