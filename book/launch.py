@@ -3,7 +3,9 @@
 An edition is a notebook without outputs whose first cell installs the course where it is missing
 and goes to the folder that the notebook reads its data from. Editions need the repository's
 public address: ``repository.url`` in ``_config.yml`` is the one place for it. While that is
-empty there are no editions, and pages have no launch buttons.
+empty there are no editions, and pages have no launch buttons. Let it be the address of the
+*student* repository (``exercises/editions.py --repositories``): what the first cell clones holds
+no solution then.
 
     python book/launch.py
 """
@@ -24,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = {
     r"\bdp_sgd\b": "opacus",
     r"\bscoreboard\b": "./course[scoreboard]",
-    r"\bfederation\b": "./course[federation]",
+    r"(?<!drawings\.)\bfederation\b": "./course[federation]",
 }
 SETUP = """\
 # Set-up: does nothing where the course is installed.
@@ -52,12 +54,18 @@ def address() -> tuple[str, str, str]:
     """Read the repository's public address, its branch, and the folder of the editions."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     place = config.get("repository") or {}
-    return place.get("url") or "", place.get("branch") or "main", place.get("path_to_book") or ""
+    return (
+        place.get("url") or "",
+        place.get("branch") or "main",
+        place.get("path_to_book") or "",
+    )
 
 
 def notebooks() -> list[Path]:
     """List the notebooks of the table of contents, relative to the repository."""
-    files = re.findall(r"(?:file|root): (\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    files = re.findall(
+        r"(?:file|root): (\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8")
+    )
     found = [Path(f"{file}.ipynb") for file in files]
     return [path for path in found if (ROOT / path).is_file()]
 
@@ -79,7 +87,9 @@ def edition(path: Path, url: str, branch: str) -> dict[str, Any]:
     for cell in cells:
         if cell["cell_type"] == "code":
             cell["outputs"], cell["execution_count"] = [], None
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join(
+        "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"
+    )
     first = {
         "cell_type": "code",
         "id": "set-up",
@@ -95,7 +105,9 @@ def main() -> None:
     """Write every edition, or say why there are none."""
     url, branch, folder = address()
     if not (url and folder):
-        sys.exit("no editions: repository.url and path_to_book in _config.yml are not both set")
+        sys.exit(
+            "no editions: repository.url and path_to_book in _config.yml are not both set"
+        )
     shutil.rmtree(ROOT / folder, ignore_errors=True)
     for path in notebooks():
         target = ROOT / folder / path

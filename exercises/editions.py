@@ -1,11 +1,12 @@
 """The editions of an assignment, all made from its one source.
 
 ``python exercises/editions.py [--check]`` writes what drifted: the student editions, each with
-its checks beside it, the checks beside the sources, where nbgrader looks for files to hand out,
-the tables of the guide, and the solutions. With ``--check`` it only says what drifted.
+its checks beside it, the tables of the guide, and the solutions. With ``--check`` it only says
+what drifted.
 
 The source is nbgrader's own format: its cell metadata, and its markers around solutions and
-hidden tests. What is made here is what nbgrader makes; a test compares them.
+hidden tests, which its preprocessors take out. ``editions.py --repositories FOLDER`` makes two
+repositories: one for students, without sources, mistakes and solutions, and one for staff.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import ast
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -86,31 +89,32 @@ def sources(exercises: Path) -> list[Path]:
 def checks_of(stem: str, folder: Path) -> dict[Path, str]:
     """Give the files that grade an assignment, as they stand in its own ``folder``."""
     name = stem.split("_", 1)[1] if stem[0].isdigit() else stem
-    files = [HERE / "checks" / f"{part}.py" for part in ("__init__", "verdict", name)]
+    files = [HERE / "checks" / f"{part}.py" for part in ("__init__", "verdict", "wire", name)]
     return {folder / "checks" / f.name: f.read_text("utf-8") for f in files if f.exists()}
 
 
 def made(exercises: Path) -> dict[Path, str]:
     """Make the text of every committed file that is generated from the sources."""
     import guide  # which reads the editions
+    import recording
 
     files = {}
     for path in sources(exercises):
-        folder = exercises / "student" / path.stem
-        files[folder / path.name] = text(student(read(path)))
-        files |= checks_of(path.stem, folder)
-    readme = exercises / "README.md"
-    if readme.exists():
-        files[readme] = guide.renewed(readme.read_text("utf-8"), guide.tables(exercises))
+        folder, source = exercises / "student" / path.stem, read(path)
+        files[folder / path.name] = text(student(source))
+        checks = recording.checks_for_students(source, folder / "checks")
+        files |= {folder / "checks" / name: content for name, content in checks.items()}
+    if (exercises / "README.md").exists():
+        tables = guide.tables(exercises)
+        files |= {exercises / "tables" / f"{kind}.md": table for kind, table in tables.items()}
     return files
 
 
 def unseen(exercises: Path) -> dict[Path, str]:
-    """Make what git does not look at: checks beside the sources, and the solutions."""
+    """Make what git does not look at: the solutions, with the whole checks beside them."""
     files = {}
     place = exercises.parent / "_build" / "exercises" / "solutions"
     for path in sources(exercises):
-        files |= checks_of(path.stem, path.parent)
         files |= checks_of(path.stem, place / path.stem)
         files[place / path.stem / path.name] = text(solutions(read(path)))
     return files
@@ -188,33 +192,22 @@ def _edition(source: Notebook, change: Callable[[str, Cell], str]) -> Notebook:
 
 
 def _to_student(source: str, cell: Cell) -> str:
-    stub = STUB if cell["cell_type"] == "code" else TEXT_STUB
-    replaced = _replace(source, SOLUTION, stub)
-    if mark_of(cell).get("solution") and replaced == source:
-        replaced = stub
-    return _replace(replaced, HIDDEN, None)
+    """What nbgrader's own preprocessors leave."""
+    from nbformat import NotebookNode, from_dict
+    from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
+
+    clear = ClearSolutions(code_stub={"python": STUB}, text_stub=TEXT_STUB)
+    cleared: NotebookNode = from_dict({**cell, "source": source})
+    replaced = clear._replace_solution_region(cleared, "python")
+    if mark_of(cell).get("solution") and not replaced:
+        return STUB if cell["cell_type"] == "code" else TEXT_STUB
+    ClearHiddenTests()._remove_hidden_test_region(cleared)
+    return str(cleared.source)
 
 
 def _to_solution(source: str, cell: Cell) -> str:
     marks = {*SOLUTION, *HIDDEN}
     return "\n".join(line for line in source.split("\n") if line.strip() not in marks)
-
-
-def _replace(source: str, marks: tuple[str, str], stub: str | None) -> str:
-    """Put ``stub``, as deep as the mark stood, in the place of what lies between two marks."""
-    begin, end = marks
-    kept: list[str] = []
-    inside = False
-    for line in source.split("\n"):
-        if line.strip() == begin:
-            indent = line[: len(line) - len(line.lstrip())]
-            kept += [indent + part for part in stub.split("\n")] if stub else []
-            inside = True
-        elif line.strip() == end:
-            inside = False
-        elif not inside:
-            kept.append(line)
-    return "\n".join(kept)
 
 
 def exercises_of(notebook: Notebook) -> list[Exercise]:
@@ -263,16 +256,55 @@ def _exercise(card: re.Match[str], cells: list[Cell]) -> Exercise:
     )
 
 
+_TESTS = ("exercises", "grade", "exam", "nbgrader", "house", "launch", "quizzes")
+STAFF = ("exercises", "tests/attacks.toml", ".ci", *(f"tests/test_{name}.py" for name in _TESTS))
+FOR_STUDENTS = "exercises/student"
+
+
+def repositories(folder: Path, root: Path) -> tuple[Path, Path]:
+    """Make a repository for students and a private one for staff, each with one commit.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one of them exists already.
+    """
+    both = folder / "course", folder / "course-staff"
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
+    for place in both:
+        if place.exists():
+            raise InvalidArgumentError(f"{place} exists already: choose an empty folder.")
+        for name in listed.stdout.splitlines():
+            private = name.startswith(STAFF) and not name.startswith(FOR_STUDENTS)
+            if (place == both[0] and private) or not (root / name).is_file():
+                continue
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, place / name)
+        if place == both[0] and (place / "README.md").exists():  # the guide stays with staff
+            page = (place / "README.md").read_text("utf-8")
+            page = page.replace("(exercises/README.md)", "(exercises/student)")
+            (place / "README.md").write_text(page, "utf-8")
+        who = ["-c", "user.name=course", "-c", "user.email=course@localhost"]
+        for arguments in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "The course"]):
+            subprocess.run(["git", *arguments], cwd=place, check=True)
+    return both
+
+
 def main(arguments: Sequence[str] | None = None, exercises: Path = HERE) -> int:
     """Write what drifted, or with ``--check`` only say so; return the exit status."""
     parser = argparse.ArgumentParser(prog="editions.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if any drifted")
-    check = parser.parse_args(arguments).check
+    parser.add_argument("--repositories", type=Path, help="make both repositories in this folder")
+    options = parser.parse_args(arguments)
+    if options.repositories:
+        students, staff = repositories(options.repositories, exercises.parent)
+        print(f"for students: {students}\nprivate, for staff: {staff}")
+        return 0
     files = made(exercises)
     wrong = drifted(files)
     for path in wrong:
-        print("drifted:" if check else "writing:", path)
-    if check:
+        print("drifted:" if options.check else "writing:", path)
+    if options.check:
         return int(bool(wrong))
     put(files | unseen(exercises))
     print("solutions:", exercises.parent / "_build" / "exercises" / "solutions")

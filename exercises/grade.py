@@ -1,44 +1,52 @@
-"""Grade a submission: ``python exercises/grade.py path/to/notebook.ipynb``.
+"""Grade notebooks: ``python exercises/grade.py PATH …``, files or folders of a whole class.
 
-The notebook's answers are put into a fresh copy of the assignment, hidden tests included, and
-run in a process of its own, with limits on time, memory, the processes it starts and the files it
-writes. Exit status: 0 full marks, 1 points missing,
-2 the notebook cannot be graded, 3 the time ran out.
-
-This is no sandbox. It protects honest students from accidents, and not a server from malice:
-submissions run with your own rights, so grade strangers' work in a container.
+A submission's cells run in a process shut in (``answering``, ``sandbox``); the checks run here, on
+their own data, and only compare the values that come back. So a submission cannot reach its mark.
+``--csv`` writes marks, ``--gradebook`` fills in a gradebook exported from Canvas or Moodle.
+Exit status: 0 full marks, 1 points missing, 2 nothing could be graded, 3 the time ran out.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import ast
+import csv
+import hashlib
+import io
 import os
+import re
+import secrets
 import signal
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import editions
-from editions import HERE, Cell, Exercise, Notebook, mark_of, source_of
+import sandbox
+from checks.verdict import Mistakes, WrongAnswerError, pattern
+from editions import HERE, Exercise, Notebook, mark_of, source_of
+from submission import EndedError, Runner, Session, tidy
 
 from gradinv_edu.errors import GradientInversionError, InvalidArgumentError
 
 FULL, PARTLY, UNGRADABLE, TOO_SLOW = 0, 1, 2, 3
-SECONDS = 240.0
+SECONDS = 60.0  # for one exercise
 GIGABYTES = 4.0
 MEGABYTES = 50  # of the largest file that is opened
-
-
-class AlteredNotebookError(GradientInversionError, ValueError):
-    """A submission lacks cells of its assignment, or has them twice or in another order."""
+ALIKE = 60  # nodes of a syntax tree from which on equal answers are worth a look
+KNOWN = {
+    *("torch", "math", "gradinv_edu", "checks", "numpy", "itertools", "functools", "statistics"),
+    *("collections", "dataclasses", "typing", "matplotlib", "__future__", "random", "copy"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Mark:
     """What one exercise earned, and what to say about it."""
 
     exercise: Exercise
-    points: int
-    hint: str
+    points: float
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,23 +64,24 @@ class Report:
 
     Attributes
     ----------
-    assignment : str
-        Stem of the assignment.
+    student, assignment : str
+        Whose it is, by the file's place; and of which assignment.
     marks : tuple of Mark
         One for each exercise, in order.
     notes : tuple of str
-        What else the student should know: cells restored, time run out.
-    timed_out : bool
-        Whether the time ran out.
+        What a lecturer should look at: what the submission tried, cells that are missing.
+    shapes : dict of str
+        From an exercise's number to the shape of its answer, names left out, where it is long.
     """
 
+    student: str
     assignment: str
     marks: tuple[Mark, ...]
     notes: tuple[str, ...] = ()
-    timed_out: bool = False
+    shapes: tuple[tuple[str, str], ...] = ()
 
     @property
-    def points(self) -> int:
+    def points(self) -> float:
         """Points earned."""
         return sum(mark.points for mark in self.marks)
 
@@ -82,12 +91,31 @@ class Report:
         return sum(mark.exercise.points for mark in self.marks)
 
     def __str__(self) -> str:
-        lines = [f"{self.assignment}: {self.points} of {self.most} points"]
+        lines = [f"{self.assignment}, {self.student}: {self.points:g} of {self.most} points"]
         for mark in self.marks:
             e = mark.exercise
-            lines.append(f"  {e.number} {e.title:<44} {mark.points} of {e.points}")
+            lines.append(f"  {e.number} {e.title:<44} {mark.points:g} of {e.points}")
             lines += [f"      {mark.hint}"] if mark.hint else []
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def student_of(path: Path) -> str:
+    """Whose notebook it is: by folder, as nbgrader and Moodle have it, or by Canvas's file name."""
+    folder = path.resolve().parent
+    if folder.name.endswith("_assignsubmission_file") or "_assignsubmission_" in folder.name:
+        return folder.name.split("_")[0]
+    canvas = re.match(r"([^_]+)_(?:LATE_)?\d+_\d+_", path.name)
+    if canvas:
+        return canvas[1]
+    stems = {source.stem for source in editions.sources(HERE)}
+    if folder.name in stems:
+        return folder.parent.name
+    return folder.name if path.stem in stems else path.stem
+
+
+def variant(student: str, secret: str) -> int:
+    """The seed of a student's own data: the same for the same name and secret, and no other."""
+    return int.from_bytes(hashlib.sha256(f"{secret}|{student}".encode()).digest()[:4], "big") % 9973
 
 
 def grade(
@@ -95,6 +123,8 @@ def grade(
     exercises: Path = HERE,
     seconds: float = SECONDS,
     gigabytes: float = GIGABYTES,
+    secret: str = "",
+    runner: Runner | None = None,
 ) -> Report:
     """Grade one notebook.
 
@@ -104,37 +134,44 @@ def grade(
         The submission.
     exercises : Path
         The folder that holds ``source``; default: the one of this file.
-    seconds : float
-        Time limit for the whole notebook.
-    gigabytes : float
-        Limit on the memory that it may use; heeded on Linux.
+    seconds, gigabytes : float
+        Limits of each exercise.
+    secret : str
+        With the student's name it makes the seed of the data; whoever knows it knows the data.
+    runner : Runner, optional
+        One that runs already.
 
     Raises
     ------
     InvalidArgumentError
         If the file is no notebook, none of this course, or far too large.
-    AlteredNotebookError
-        If cells of the assignment are missing, doubled or out of order.
     """
-    _not_too_large(path)
-    submission = editions.read(path)
-    found = assignment(submission, exercises)
-    source = editions.read(found)
-    merged, restored = merge(submission, source)
-    lines, timed_out = _run(merged, path.resolve().parent, seconds, gigabytes)
-    notes = [f"Cells that had been changed were restored: {', '.join(restored)}."] * bool(restored)
-    notes += _interruption(lines, merged, seconds, timed_out)
-    marks = tuple(_mark(exercise, lines) for exercise in editions.exercises_of(source))
-    return Report(found.stem, marks, tuple(notes), timed_out)
-
-
-def _not_too_large(path: Path) -> None:
     size = path.stat().st_size / 2**20 if path.exists() else 0
     if size > MEGABYTES:
         raise InvalidArgumentError(
             f"{path} has {size:.0f} MB, over {MEGABYTES}: its outputs are too long. Choose “Clear "
             "all outputs” in Jupyter, save, and hand in that file."
         )
+    submission = editions.read(path)
+    found = assignment(submission, exercises)
+    source, student = editions.read(found), student_of(path)
+    cells = answers(submission, source)
+    running = runner or Runner()
+    limits = {"seconds": seconds, "gigabytes": gigabytes}
+    try:
+        graded = [
+            _graded(exercise, source, cells, variant(student, secret), running, limits)
+            for exercise in editions.exercises_of(source)
+        ]
+    finally:
+        if runner is None:
+            running.close()
+    notes = [note for _, told in graded for note in told]
+    code = "\n".join(text for name, text in cells if name != "set-up")
+    notes += suspicions(code, "\n".join(source_of(c) for c in source["cells"]))
+    shapes = tuple(_shapes(submission, source))
+    marks = tuple(mark for mark, _ in graded)
+    return Report(student, found.stem, marks, tuple(dict.fromkeys(notes)), shapes)
 
 
 def assignment(submission: Notebook, exercises: Path) -> Path:
@@ -146,9 +183,8 @@ def assignment(submission: Notebook, exercises: Path) -> Path:
         If it has no cell of any assignment.
     """
     ids = set(_ids(submission))
-    common = {
-        path: len(ids & set(_ids(editions.read(path)))) for path in editions.sources(exercises)
-    }
+    sources = editions.sources(exercises)
+    common = {path: len(ids & set(_ids(editions.read(path)))) for path in sources}
     best = max(common, key=lambda path: common[path], default=None)
     if best is None or not common[best]:
         raise InvalidArgumentError(
@@ -159,160 +195,354 @@ def assignment(submission: Notebook, exercises: Path) -> Path:
     return best
 
 
-def merge(submission: Notebook, source: Notebook) -> tuple[Notebook, list[str]]:
-    """Keep a student's answers and own cells; take everything else from the source.
+def _ids(notebook: Notebook) -> list[str]:
+    return [str(mark_of(c)["grade_id"]) for c in notebook["cells"] if "grade_id" in mark_of(c)]
+
+
+def answers(submission: Notebook, source: Notebook) -> list[tuple[str, str]]:
+    """Take a student's answers and own cells out of a submission; all else is the course's.
 
     Returns
     -------
-    Notebook, list of str
-        What to run, and the names of the cells that a student had changed.
-
-    Raises
-    ------
-    AlteredNotebookError
-        If cells are missing, doubled or out of order.
+    list of (str, str)
+        Name of the cell, empty for a student's own, and its code: the set-up first.
     """
-    originals = {mark_of(cell)["grade_id"]: cell for cell in source["cells"] if _known(cell)}
-    _unaltered(submission, originals)
-    issued = _texts(editions.student(source)) | _texts(editions.solutions(source))
-    merged = deepcopy(submission)
-    restored: list[str] = []
-    for cell in merged["cells"]:
-        name = str(mark_of(cell).get("grade_id"))
-        if name in originals and not mark_of(originals[name]).get("solution"):
-            if (name, source_of(cell).strip()) not in issued:
-                restored.append(name)
-            cell["source"] = originals[name]["source"]
-    return merged, restored
+    code = [cell for cell in source["cells"] if cell["cell_type"] == "code"]
+    fill = {str(mark_of(c)["grade_id"]) for c in code if mark_of(c).get("solution")}
+    ours = {source_of(cell).strip() for cell in code if not mark_of(cell)}
+    setup = [source_of(c) for c in code if mark_of(c) and not mark_of(c).get("grade")]
+    setup = [text for c, text in zip(code, setup, strict=False) if not mark_of(c).get("solution")]
+    cells = [("set-up", text) for text in setup]
+    for cell in submission["cells"]:
+        name = str(mark_of(cell).get("grade_id", ""))
+        text = source_of(cell)
+        own = cell["cell_type"] == "code" and not name and text.strip() not in ours
+        if name in fill or own:
+            cells.append((name, text))
+    return cells
 
 
-def _texts(edition: Notebook) -> set[tuple[str, str]]:
-    cells = [cell for cell in edition["cells"] if _known(cell)]
-    return {(mark_of(cell)["grade_id"], source_of(cell).strip()) for cell in cells}
+def _graded(
+    exercise: Exercise,
+    source: Notebook,
+    cells: list[tuple[str, str]],
+    seed: int,
+    runner: Runner,
+    limits: dict[str, float],
+) -> tuple[Mark, list[str]]:
+    places = [i for i, (name, _) in enumerate(cells) if name == exercise.solution]
+    if len(places) != 1:
+        what = "is missing" if not places else "is there more than once"
+        note = f"The cell {exercise.solution} {what}: start from a fresh copy of the assignment."
+        return Mark(exercise, 0, note), [note]
+    text = next(source_of(c) for c in source["cells"] if exercise.check in _ids({"cells": [c]}))
+    run = [(i, code) for i, (_, code) in enumerate(cells) if i <= places[0]]
+    import_module(text.split()[1])  # from checks.… import: the mistakes say what is forbidden
+    own = Mistakes.OWN.get(exercise.solution, ())
+    session = Session(runner, run, exercise.target, own, **limits)
+    points, hint = 0.0, ""
+    try:
+        with session, _alarm(limits["seconds"] + 30):
+            if places[0] in session.failed:
+                hint = f"Your cell does not run: {session.failed[places[0]]}"
+            elif session.kind != "function":
+                hint = f"There is no function {exercise.target}, but a {session.kind}."
+            else:
+                points, hint = checked(exercise, text, session.answer(), seed)
+    except EndedError as error:
+        hint = str(error)
+    notes = [f"{exercise.number}: the code {note}." for note in session.notes]
+    broken = [error for place, error in session.failed.items() if cells[place][0] == "set-up"]
+    notes += [f"{exercise.number}: the course's own set-up failed: {e}" for e in broken]
+    if session.ended:
+        points, hint = 0.0, session.ended
+        notes.append(f"{exercise.number}: {session.ended}")
+    return Mark(exercise, points, hint), notes
 
 
-def _known(cell: Cell) -> bool:
-    return "grade_id" in mark_of(cell)
-
-
-def _ids(notebook: Notebook) -> list[str]:
-    return [mark_of(cell)["grade_id"] for cell in notebook["cells"] if _known(cell)]
-
-
-def _unaltered(submission: Notebook, originals: dict[str, Cell]) -> None:
-    present = [name for name in _ids(submission) if name in originals]
-    kinds = {mark_of(c).get("grade_id"): c["cell_type"] for c in submission["cells"]}
-    missing = [name for name in originals if name not in present]
-    doubled = [name for name, count in Counter(present).items() if count > 1]
-    retyped = [n for n in present if kinds[n] != originals[n]["cell_type"]]
-    moved = [n for n, m in zip(present, originals, strict=False) if n != m]
-    for names, what in (
-        (missing, "are missing"),
-        (doubled, "are there more than once"),
-        (retyped, "are no longer code"),
-        (moved, "are in another order"),
-    ):
-        if names:
-            raise AlteredNotebookError(
-                f"Cells of the assignment {what}: {', '.join(names)}. Start from a fresh copy in "
-                "exercises/student/ and copy your answers into it; nothing was graded."
-            )
-
-
-def _run(
-    notebook: Notebook, place: Path, seconds: float, gigabytes: float
-) -> tuple[list[dict[str, Any]], bool]:
-    """Run a notebook in a fresh process; what it told, and whether the time ran out."""
-    with tempfile.TemporaryDirectory() as scratch:
-        told, file = Path(scratch, "told.jsonl"), Path(scratch, "notebook.ipynb")
-        file.write_text(editions.text(notebook), encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "runner.py"), str(file), str(told), str(gigabytes)],
-            cwd=place,
-            env={**os.environ, "MPLBACKEND": "Agg", "IPYTHONDIR": scratch},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+def checked(exercise: Exercise, text: str, answer: Any, seed: int = 0) -> tuple[float, str]:
+    """Run a grading cell, its hidden tests with seeds moved on by ``seed``; points and hint."""
+    before, _, after = text.partition(editions.HIDDEN[0])
+    moved = re.sub(r"seed=(\d+)", lambda m: f"seed={int(m[1]) + seed}", after)
+    again = set(re.findall(r"^(\w+)\(", moved, re.MULTILINE))
+    steps = ast.parse(before).body  # what the hidden tests ask again need not be asked twice
+    first = [n for n in steps if ast.unparse(n).split("(")[0] not in again]
+    names, share, hint = {exercise.target: answer}, 1.0, ""
+    for part in ("\n".join(map(ast.unparse, first)), moved):
         try:
-            process.wait(seconds)
-            timed_out = False
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        _end(process)
-        return _lines(told), timed_out
+            with redirect_stdout(io.StringIO()):
+                exec(compile(part, exercise.check, "exec"), names)
+        except WrongAnswerError as verdict:
+            share, hint = min(share, verdict.share), hint or tidy(verdict, 1000)
+        except EndedError as error:
+            share, hint = 0.0, str(error)
+        except Exception as error:  # a value that no check foresaw
+            share = 0.0
+            hint = f"The check stopped at your answer: {type(error).__name__}: {tidy(error)}"
+        if not share:
+            break
+    return round(2 * share * exercise.points) / 2, hint
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.wait()
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Let no answer keep a check busy for ever: one that is huge, say."""
+
+    def late(*_: object) -> None:
+        raise EndedError(f"Its answer kept the check busy for over {seconds:g} s.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def _lines(told: Path) -> list[dict[str, Any]]:
-    text = told.read_text(encoding="utf-8") if told.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-
-
-def _interruption(
-    lines: list[dict[str, Any]], notebook: Notebook, seconds: float, timed_out: bool
-) -> list[str]:
-    if lines and lines[-1]["state"] == "ended":
+def suspicions(code: str, issued: str) -> list[str]:
+    """Tell what code does that no exercise needs: it earns nothing, and is worth a look."""
+    lines = [line for line in code.splitlines() if line.lstrip()[:1] not in ("%", "!", "?")]
+    try:
+        nodes = list(ast.walk(ast.parse("\n".join(lines))))
+    except SyntaxError:
         return []
-    if not lines:
-        return ["The notebook did not start within the time limit." if timed_out else _NO_START]
-    cell = _name(notebook, lines[-1]["place"])
-    if timed_out:
-        return [
-            f"Time ran out after {seconds:g} s in {cell}: is there a loop without an end? Cells "
-            "after it did not run and earned nothing."
-        ]
-    return [
-        f"The notebook ended its own process in {cell} (a call of exit, or out of memory); cells "
-        "after it earned nothing."
+    modules, found = {"torch", "gi", "nn"}, []
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            aliases = [a.asname or a.name.split(".")[0] for a in node.names]
+            modules |= set(aliases)
+            outer = getattr(node, "module", None) or node.names[0].name
+            if outer.split(".")[0] not in KNOWN and f"import {outer}" not in issued:
+                found.append(f"imports {outer}")
+    for node in nodes:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        for target in targets if isinstance(node, ast.Assign | ast.AugAssign) else ():
+            if isinstance(target, ast.Attribute | ast.Subscript) and _base(target) in modules:
+                found.append(f"changes {ast.unparse(target)}")
+            if isinstance(target, ast.Name) and target.id.startswith("check_"):
+                found.append(f"puts something in the place of {target.id}")
+        name = getattr(node, "name", "") if isinstance(node, ast.FunctionDef) else ""
+        if name.startswith(("check_", "__")) and name != "__init__":
+            found.append(f"defines {name}")
+        called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+        if called in ("exec", "eval", "exit", "quit", "open", "__import__", "setattr"):
+            found.append(f"calls {called}")
+        if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+            found.append(f"reaches for {node.attr}")
+        if isinstance(node, ast.Name) and node.id in ("__builtins__", "globals", "vars"):
+            found.append(f"reaches for {node.id}")
+    return [f"The notebook {what}." for what in dict.fromkeys(found)]
+
+
+def _base(node: ast.expr) -> str:
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _shapes(submission: Notebook, source: Notebook) -> Iterator[tuple[str, str]]:
+    cells = {str(mark_of(c).get("grade_id")): source_of(c) for c in submission["cells"]}
+    for exercise in editions.exercises_of(source):
+        shape = shape_of(cells.get(exercise.solution, ""))
+        if shape:
+            yield exercise.number, shape
+
+
+def shape_of(code: str) -> str:
+    """Give code without its names, comments and docstrings; empty if it is short or no code."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return ""
+    if sum(1 for _ in ast.walk(tree)) < ALIKE:
+        return ""
+    for node in ast.walk(tree):
+        for name in ("id", "arg", "name"):
+            if isinstance(getattr(node, name, None), str):
+                setattr(node, name, "_")
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body = body[1:]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+# A class.
+
+
+@dataclass(frozen=True)
+class _Job:
+    exercises: Path
+    seconds: float
+    gigabytes: float
+    secret: str
+
+
+_RUNNER: list[Runner] = []
+
+
+def _one(path: Path, job: _Job) -> Report | str:
+    if not _RUNNER or _RUNNER[0].process.poll() is not None:
+        _RUNNER[:] = [Runner()]
+    try:
+        return grade(path, job.exercises, job.seconds, job.gigabytes, job.secret, _RUNNER[0])
+    except GradientInversionError as error:
+        return tidy(f"{path}: {error}", 1000)
+
+
+def grade_all(paths: Sequence[Path], job: _Job, jobs: int) -> list[Report | str]:
+    """Grade many notebooks, ``jobs`` at a time; a report of each, or why there is none."""
+    if jobs == 1 or len(paths) == 1:
+        return [_one(path, job) for path in paths]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
+        return list(pool.map(_one, paths, [job] * len(paths)))
+
+
+def _quiet() -> None:
+    import torch
+
+    sandbox.hide_memory()
+    torch.set_num_threads(1)
+
+
+def notebooks(paths: Sequence[Path]) -> list[Path]:
+    """Every notebook among these files and folders."""
+    found = [
+        nested
+        for path in paths
+        for nested in (sorted(path.rglob("*.ipynb")) if path.is_dir() else [path])
     ]
+    return [p for p in found if ".ipynb_checkpoints" not in p.parts]
 
 
-_NO_START = "The notebook could not be started: is IPython installed in this environment?"
+def alike(reports: Sequence[Report]) -> list[str]:
+    """Name the pairs whose long answers are the same but for names and comments."""
+    lines = []
+    for a, b in combinations(reports, 2):
+        if a.assignment == b.assignment and a.student != b.student:
+            mine = dict(a.shapes)
+            same = [number for number, shape in b.shapes if mine.get(number) == shape]
+            lines += [f"{a.student} and {b.student}: {', '.join(same)}"] if same else []
+    return lines
 
 
-def _name(notebook: Notebook, place: int) -> str:
-    name = mark_of(notebook["cells"][place]).get("grade_id")
-    return f"cell {name}" if name else f"cell number {place + 1}"
+def statistics(reports: Sequence[Report]) -> str:
+    """Say of a class which exercises are hard, and which mistakes are common."""
+    lines = []
+    for stem in dict.fromkeys(report.assignment for report in reports):
+        group = [report for report in reports if report.assignment == stem]
+        points = [report.points for report in group]
+        lines.append(
+            f"{stem}: {len(group)} notebooks, mean {mean(points):.1f}, median "
+            f"{median(points):g} of {group[0].most} points"
+        )
+        rows = list(zip(*(report.marks for report in group), strict=True))
+        rows.sort(key=lambda row: mean(m.points for m in row) / row[0].exercise.points)
+        for row in rows:
+            exercise, solved = row[0].exercise, sum(m.points == m.exercise.points for m in row)
+            lines.append(f"  {exercise.number} {exercise.title}: {solved} of {len(row)} solved")
+            common = Counter(mistake_of(m) for m in row if m.hint).most_common(2)
+            lines += [f"      {count} × {name}" for name, count in common]
+    same = alike(reports)
+    return "\n".join([*lines, *(f"Equal but for names: {pair}" for pair in same)])
 
 
-def _mark(exercise: Exercise, lines: list[dict[str, Any]]) -> Mark:
-    last = {line["id"]: line for line in lines if line.get("id")}
-    check, solution = last.get(exercise.check, {}), last.get(exercise.solution, {})
-    if check.get("state") == "passed":
-        return Mark(exercise, exercise.points, "")
-    if solution.get("state") == "failed":
-        return Mark(exercise, 0, f"Your cell does not run: {solution['message']}")
-    return Mark(exercise, 0, check.get("message") or "It did not run.")
+def mistake_of(mark: Mark) -> str:
+    """Name the known mistake that a hint belongs to; else the hint itself."""
+    for mistake in Mistakes.KNOWN.get(mark.exercise.solution, ()):
+        if re.fullmatch(pattern(mistake), mark.hint):
+            return mistake.__name__.replace("_", " ")
+    return tidy(mark.hint, 80)
+
+
+def write_csv(reports: Sequence[Report], path: Path) -> None:
+    """Write marks, a row a notebook: points by exercise, in all, and what to look at."""
+    numbers = list(dict.fromkeys(m.exercise.number for r in reports for m in r.marks))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["student", "assignment", *numbers, "points", "of", "hints", "look at"])
+        for report in reports:
+            earned = {m.exercise.number: f"{m.points:g}" for m in report.marks}
+            hints = " | ".join(f"{m.exercise.number}: {m.hint}" for m in report.marks if m.hint)
+            row = [report.student, report.assignment, *(earned.get(n, "") for n in numbers)]
+            row += [f"{report.points:g}", str(report.most), hints, " | ".join(report.notes)]
+            rows.writerow([_harmless(cell) for cell in row])
+
+
+def _harmless(cell: str) -> str:
+    """No spreadsheet takes it for a formula."""
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@") else cell
+
+
+def fill_gradebook(reports: Sequence[Report], path: Path) -> int:
+    """Fill points into a gradebook as Canvas or Moodle exported it; how many rows were found.
+
+    A row belongs to a student if one of its cells is the student's name as the reports have it,
+    in any order of words and letters' case. Moodle's "Grade" and "Feedback comments" are filled
+    in; for Canvas, a column is named as the assignment.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file))
+    header, filled = rows[0], 0
+    for stem in dict.fromkeys(report.assignment for report in reports):
+        group = {_key(r.student): r for r in reports if r.assignment == stem}
+        name = "Grade" if "Grade" in header else stem
+        if name not in header:
+            header.append(name)
+        for row in rows[1:]:
+            row += [""] * (len(header) - len(row))
+            report = next((group[k] for k in map(_key, row) if k in group), None)
+            if "Points Possible" in row[0]:
+                row[header.index(name)] = str(next(iter(group.values())).most)
+            if report is None:
+                continue
+            filled += 1
+            row[header.index(name)] = f"{report.points:g}"
+            if "Feedback comments" in header:
+                hints = [f"{m.exercise.number}: {m.hint}" for m in report.marks if m.hint]
+                row[header.index("Feedback comments")] = _harmless(" ".join(hints))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return filled
+
+
+def _key(name: str) -> str:
+    return "".join(sorted(re.findall(r"\w+", name.lower())))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Grade the notebook that the command line names; return the exit status."""
+    """Grade what the command line names; return the exit status."""
     parser = argparse.ArgumentParser(prog="grade.py", description=__doc__)
-    parser.add_argument("notebook", type=Path, help="the notebook to grade")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit, default 240")
+    parser.add_argument("paths", type=Path, nargs="+", help="notebooks, or folders of them")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--csv", type=Path, help="write the marks here")
+    parser.add_argument("--gradebook", type=Path, help="fill in this export of Canvas or Moodle")
+    parser.add_argument("--secret", default="", help="seed of the students' data, with their names")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for an exercise")
     parser.add_argument("--gigabytes", type=float, default=GIGABYTES, help="of memory, default 4")
     parser.add_argument("--exercises", type=Path, default=HERE, help="folder that holds source")
     options = parser.parse_args(arguments)
-    try:
-        report = grade(options.notebook, options.exercises, options.seconds, options.gigabytes)
-    except GradientInversionError as error:
-        print(error, file=sys.stderr)
+    sandbox.hide_memory()
+    secret = options.secret or secrets.token_hex(4)
+    job = _Job(options.exercises, options.seconds, options.gigabytes, secret)
+    told = grade_all(notebooks(options.paths), job, options.jobs)
+    reports = [report for report in told if isinstance(report, Report)]
+    for report in told:
+        print(report, file=sys.stdout if isinstance(report, Report) else sys.stderr)
+    if len(reports) > 1:
+        print(statistics(reports))
+    if reports:
+        print(f"(the students' data once more: --secret {secret})")
+    if options.csv:
+        write_csv(reports, options.csv)
+    if options.gradebook:
+        print(f"{fill_gradebook(reports, options.gradebook)} rows filled in")
+    if len(reports) < len(told) or not told:
         return UNGRADABLE
-    print(report)
-    if report.timed_out:
+    if any("Time ran out" in mark.hint for report in reports for mark in report.marks):
         return TOO_SLOW
-    return FULL if report.points == report.most else PARTLY
+    return FULL if all(r.points == r.most for r in reports) else PARTLY
 
 
 if __name__ == "__main__":

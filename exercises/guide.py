@@ -1,4 +1,4 @@
-"""The tables of the instructor's guide, made from the notebooks and the known mistakes."""
+"""The tables behind the instructor's guide, made from the notebooks and the known mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from gradinv_edu.kit import quiz
 
 Room = tuple[dict[str, Any], dict[str, str]]
 
-KINDS = ("sections", "exercises", "objectives", "mistakes")
+KINDS = ("syllabi", "sections", "exercises", "objectives", "mistakes")
+SPINE = ("00", "01", "02", "03", "04", "05", "10", "11", "12", "13", "14", "15", "17", "18")
+WEEKS = {
+    4: ("00", "01", "02", "03", "04", "05"),
+    8: SPINE,
+    14: (),
+}  # chapters of each plan; none is all
 MINUTES = re.compile(r"[Aa]bout (\d+) minutes")
 CODE_WORDS = 40  # reading and running a cell takes about as long as reading so many words
 QUESTION_WORDS = 80  # a question of the quiz likewise, with what its answers say
@@ -50,21 +56,78 @@ def title_of(chapter: Path) -> str:
 
 
 def tables(exercises: Path) -> dict[str, str]:
-    """Make every generated table of the guide.
+    """Make every table, a page each.
 
     Returns
     -------
     dict of str
-        Markdown: ``"sections"`` shares out each chapter's minutes, ``"exercises"`` lists the
-        exercises, ``"objectives"`` is the matrix of objectives and exercises, ``"mistakes"``
-        that of exercises and planted mistakes with the hints they earn.
+        Markdown: ``"syllabi"`` shares the chapters out over weeks, ``"sections"`` a chapter's
+        minutes, ``"exercises"`` lists the exercises, ``"objectives"`` is the matrix of objectives
+        and exercises, ``"mistakes"`` that of exercises and planted mistakes with their hints.
     """
-    makers = (section_table, exercise_table, objective_table, mistake_table)
-    return {kind: make(exercises) for kind, make in zip(KINDS, makers, strict=True)}
+    makers = (syllabi, section_table, exercise_table, objective_table, mistake_table)
+    return {
+        kind: f"# {make.__doc__.splitlines()[0].rstrip('.')}\n\n{make(exercises)}\n"  # type: ignore[union-attr]
+        for kind, make in zip(KINDS, makers, strict=True)
+    }
+
+
+def syllabi(exercises: Path) -> str:
+    """Chapters and exercises by week, from the chapters' own minutes."""
+    return "\n\n".join(syllabus(exercises, weeks) for weeks in WEEKS)
+
+
+def syllabus(exercises: Path, weeks: int) -> str:
+    """Share chapters out over weeks: in order, whole, each week about as long as the others."""
+    every = chapters(exercises)
+    chosen = [c for c in every if c.stem[:2] in WEEKS[weeks] or not WEEKS[weeks]]
+    minutes = {chapter: minutes_of(chapter)[0] for chapter in chosen}
+    plan = _weeks(chosen, minutes, weeks)
+    lines = [
+        f"## {weeks} weeks\n",
+        "| Week | Chapters | To read | Exercises | To solve |",
+        "|---|---|---|---|---|",
+    ]
+    for number, group in enumerate(plan, start=1):
+        cards = [e for c in group for e in _cards(exercises, c)]
+        names = "; ".join(f"{c.stem[:2].lstrip('0') or '0'} {title_of(c)}" for c in group)
+        read_, solve = sum(minutes[c] for c in group), sum(e.minutes for e in cards)
+        each = [_cards(exercises, c) for c in group]
+        told = ", ".join(f"{part[0].number} to {part[-1].number}" for part in each if part)
+        lines.append(f"| {number} | {names} | {read_} min | {told} | {solve} min |")
+    for number in range(len(plan) + 1, weeks + 1):
+        last = "the capstone | | C.1 | 135 min" if number == len(plan) + 1 else "a project | | |"
+        lines.append(f"| {number} | {last} |")
+    left = [c.stem[:2].lstrip("0") or "0" for c in every if c not in chosen]
+    lines.append(f"\nLeft out: chapters {', '.join(left)}." if left else "\nNothing is left out.")
+    return "\n".join(lines)
+
+
+def _cards(exercises: Path, chapter: Path) -> list[Exercise]:
+    source = exercises / "source" / chapter.stem / chapter.name
+    return exercises_of(read(source)) if source.exists() else []
+
+
+def _weeks(chosen: list[Path], minutes: dict[Path, int], weeks: int) -> list[list[Path]]:
+    """Cut a sequence into as many parts, so that the longest is as short as can be."""
+    parts = weeks if weeks <= 4 else weeks - 1  # the last is the capstone's
+    longest = max(minutes.values())
+    while len(plan := _filled(chosen, minutes, longest)) > parts:
+        longest += STEP
+    return plan
+
+
+def _filled(chosen: list[Path], minutes: dict[Path, int], longest: int) -> list[list[Path]]:
+    plan: list[list[Path]] = [[]]
+    for chapter in chosen:
+        if plan[-1] and sum(minutes[c] for c in plan[-1]) + minutes[chapter] > longest:
+            plan.append([])
+        plan[-1].append(chapter)
+    return plan
 
 
 def section_table(exercises: Path) -> str:
-    """Share the minutes that a chapter states out among its sections, by their length."""
+    """Minutes of each section, by its length."""
     lines = ["| Chapter | Section | Minutes |", "|---|---|---|"]
     for chapter in chapters(exercises):
         stated, shares = minutes_of(chapter)
@@ -105,7 +168,7 @@ def _shared_out(stated: int, lengths: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def exercise_table(exercises: Path) -> str:
-    """List every exercise with what its card says."""
+    """Every exercise with what its card says."""
     lines = [
         "| | Exercise | To | Kind | Difficulty | Minutes | Points |",
         "|---|---|---|---|---|---|---|",
@@ -125,7 +188,7 @@ def exercise_table(exercises: Path) -> str:
 
 
 def objective_table(exercises: Path) -> str:
-    """List every objective with the exercises that train it and the questions that test it."""
+    """Objectives, with the exercises that train them and the questions that test them."""
     lines = ["| Chapter | Objective | Exercises | Questions |", "|---|---|---|---|"]
     for chapter in [*chapters(exercises), *_without_a_chapter(exercises)]:
         lines.append(f"| **{title_of(chapter)}** | | | |")
@@ -172,7 +235,7 @@ def _chapter_title(source: Path) -> str:
 
 
 def mistake_table(exercises: Path) -> str:
-    """List every known mistake with the hint that it earns."""
+    """Typical mistakes, with the hint that each earns."""
     lines = ["| Exercise | Mistake | What the student is told |", "|---|---|---|"]
     for path in sources(exercises):
         for card, mistake, hint in verdicts(path):
@@ -221,12 +284,3 @@ def verdict_on(answer: object, exercise: Exercise, room: Room) -> str:
     except WrongAnswerError as verdict:
         return " ".join(str(verdict).split())
     return ""
-
-
-def renewed(guide: str, made: dict[str, str]) -> str:
-    """Put tables between their marks in the text of the guide."""
-    for kind, table in made.items():
-        begin, end = f"<!-- generated: {kind} -->", f"<!-- end of {kind} -->"
-        pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
-        guide = pattern.sub(lambda _, t=table, b=begin, e=end: f"{b}\n{t}\n{e}", guide)  # type: ignore[misc]
-    return guide

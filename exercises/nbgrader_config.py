@@ -1,27 +1,27 @@
-"""The settings that make this folder an nbgrader course.
+"""The settings that make this folder an nbgrader course, for handing out and collecting.
 
-nbgrader hands out and grades with the files beside each source: the checks are put there first.
+Marks come from ``grade.py``: nbgrader would run checks in the student's own process.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from editions import STUB, TEXT_STUB, checks_of, put, sources  # noqa: E402
+from editions import STUB, TEXT_STUB, sources  # noqa: E402
 
-for source in sources(HERE):
-    put(checks_of(source.stem, source.parent))
+for source in sources(HERE):  # what lies beside a source is handed out: the students' checks
+    checks = HERE / "student" / source.stem / "checks"
+    shutil.copytree(checks, source.parent / "checks", dirs_exist_ok=True)
 
 c = get_config()  # noqa: F821  nbgrader defines it where it reads this file
 
 c.CourseDirectory.course_id = "what-gradients-reveal"
 c.CourseDirectory.root = str(HERE)
-# The stubs of the committed student edition, so that both editions are the same.
 c.ClearSolutions.code_stub = {"python": STUB}
 c.ClearSolutions.text_stub = TEXT_STUB
-c.ExecutePreprocessor.timeout = 240
 c.NbGrader.logfile = ""

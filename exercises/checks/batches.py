@@ -144,7 +144,7 @@ def _agreeing(ratios: Tensor) -> Tensor:
     return (torch.cdist(ratios, ratios) < 1e-6 * ratios.norm(dim=1)).sum(1) > 1
 
 
-class Lonely(Mistakes, of="batches-lonely"):
+class Lonely(Mistakes, of="batches-lonely", own=("gradinv_edu.batches.isolated_samples",)):
     def every_ratio_believed(G, b):
         """There are mixtures among your {count} answers. Nobody has confirmed those rows: what do
         two rows that speak of the same sample have in common?"""
@@ -221,7 +221,7 @@ def _rows(whole: Tensor, samples: int, draws: Tensor, sort=True, independent=Tru
     return torch.linalg.pinv(left @ torch.stack(kept[:samples]).T) @ whole
 
 
-class Apart(Mistakes, of="batches-apart"):
+class Apart(Mistakes, of="batches-apart", own=("gradinv_edu.batches.recover_batch",)):
     def last_column_not_used(whole, samples, draws):
         """These are the samples up to a factor each: a direction has no length. Which column of the
         matrix tells how long it must be?"""
@@ -463,6 +463,12 @@ def check_largest_batch(largest_batch: Student, seed: int = 6) -> None:
                 demand(number != wrong, hint)
             none = "Here not even one sample has equations enough, and you say that {number} fit."
             demand(true, none, number=number)
-            refuse(f"Of {classes} classes and these layers, {number} samples are not the most.")
+            tight = min(limits, key=lambda name: limits[name])
+            refuse(
+                f"With {classes} classes you say that {number} samples fit, and of {tight} alone "
+                f"that is {'too many' if number > true else 'fewer than it bears'}: count its "
+                "equations for N samples, with the gradient constraints once, against N times its "
+                "unknowns."
+            )
         demand(limits.get(name) == true, LargestBatch.first_layer_blamed, name=name)
     right("Weight constraints grow with the batch; gradient constraints do not. Hence a limit.")

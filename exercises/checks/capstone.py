@@ -1,256 +1,313 @@
-"""The capstone: an update file and a model, and nothing else; graded on files held out."""
+"""The capstone: what a federation's clients sent; graded on messages held out."""
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, demand, pair, right, tensor
+from .verdict import Mistakes, Student, WrongAnswerError, ask, demand, pair, right, told
 
-SHAPE = (1, 8, 8)
 RIGHT = 40.0  # dB: a picture that nobody can tell from the client's
-DOUBLE, LOSS = torch.float64, nn.CrossEntropyLoss()
+SURE = 0.9
+FULL = 0.95  # share of what can be had from which on all points are given
+DOUBLE, LOSS, SHAPE = torch.float64, nn.CrossEntropyLoss(), (1, 8, 8)
+Sent = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the server has of one round.
+
+    Attributes
+    ----------
+    sent : list of dict
+        What arrived, gradients by name: one message, or the secure sums of two rounds.
+    model : nn.Module or None
+        The network that was sent out; ``None`` for the language model.
+    protocol : dict
+        What was agreed: ``optimizer``, ``kept`` (share of the entries that a client sends),
+        ``dropout`` (rate in front of the last layer, put there by the client), ``same_weights``
+        (whether both rounds began from the same weights).
+    weights : dict
+        Of the language model: ``embedding``, ``positions``, and the first norm's ``scale`` and
+        ``shift``; it sends the gradients of its first block's q, k and v.
+    """
+
+    sent: list[Sent]
+    model: nn.Module | None
+    protocol: dict[str, Any]
+    weights: Sent = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One update of one client.
-
-    Attributes
-    ----------
-    name : str
-        What is said of it.
-    model : nn.Module
-        The network that the server sent.
-    file : Path
-        The client's update.
-    picture, label : Tensor, int
-        What the client had; of several samples the first.
-    kind : {"leaks", "open", "mixed", "noisy"}
-        Whether one sample is determined, is not, is mixed with others, or is under noise.
-    """
+    """A case with its truth: one picture a row, or the words; ``None`` where none is to be had."""
 
     name: str
-    model: nn.Module
-    file: Path
-    picture: Tensor
-    label: int
-    kind: str
+    case: Case
+    truth: Tensor | list[int] | None
+    idea: str
 
 
-@contextmanager
-def evidence(seed: int) -> Iterator[list[Evidence]]:
-    """Write the update files of ``seed``, and remove them afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield list(_evidence(seed, Path(folder)))
+def evidence(seed: int) -> list[Evidence]:
+    """Make the cases of ``seed``: of each kind one that can be read, and one that cannot."""
+    return list(_evidence(seed))
 
 
-def _evidence(seed: int, folder: Path) -> Iterator[Evidence]:
-    dense, bare, wide = _dense(seed, True), _dense(seed + 1, False), _conv(seed + 2, 8, 1)
-    plan = {"local_steps": 5, "learning_rate": 0.05, "weight_decay": 0.1}
-    files = [
-        ("a dense network", dense, "leaks", 1, 0.0),
-        ("a network without a bias", bare, "leaks", 1, 0.0),
-        ("convolutions", wide, "leaks", 1, 0.0),
-        ("narrow convolutions", _conv(seed + 3, 1, 2), "open", 1, 0.0),
-        ("a few filters", _conv(seed + 4, 2, 2), "open", 1, 0.0),
-        ("two samples", dense, "mixed", 2, 0.0),
-        ("two samples, no bias", bare, "mixed", 2, 0.0),
-        ("two samples, convolutions", wide, "mixed", 2, 0.0),
-        ("convolutions under noise", wide, "noisy", 1, 0.05),
-    ]
-    for place, (name, model, kind, samples, sigma) in enumerate(files):
-        pictures = [gi.data.digit(_index(seed, place, i), dtype=DOUBLE) for i in range(samples)]
-        labels = torch.arange(samples) * 3 + (seed + place) % 7
-        update = _noisy(gi.observe(model, LOSS, torch.cat(pictures), labels), sigma, seed)
-        file = _saved(update, folder, place)
-        yield Evidence(name, model, file, pictures[0], int(labels[0]), kind)
-    picture, label = gi.data.digit(_index(seed, 99, 0), dtype=DOUBLE), seed % 10
-    file = _saved(gi.observe(dense, LOSS, picture, torch.tensor([label]), **plan), folder, 99)
-    yield Evidence("five local steps", dense, file, picture, label, "leaks")
-
-
-def _saved(update: gi.Update, folder: Path, place: int) -> Path:
-    file = folder / f"update-{place:02d}.safetensors"
-    update.save(file)
-    return file
-
-
-def _index(seed: int, place: int, sample: int) -> int:
-    return (37 * seed + 11 * place + 5 * sample) % 1700
-
-
-def _dense(seed: int, bias: bool) -> nn.Module:
-    sizes = [64, 40, 10] if bias else [64, 80, 70, 10]
+def _evidence(seed: int) -> Iterator[Evidence]:
     g = torch.Generator().manual_seed(seed)
-    return gi.models.mlp(sizes, activation="leaky_relu", bias=bias, dtype=DOUBLE, generator=g)
+
+    def digits(count: int) -> Tensor:
+        order = torch.randperm(1700, generator=g)[:count].tolist()
+        return torch.cat([gi.data.digit(i, dtype=DOUBLE) for i in order])
+
+    def gradient(model: nn.Module, x: Tensor, **settings: Any) -> Sent:
+        labels = torch.randperm(10, generator=g).repeat(4)[: len(x)]
+        return dict(gi.observe(model, LOSS, x, labels, generator=g, **settings).gradients)
+
+    def made(name: str, model: nn.Module, sent: list[Sent], truth: Any, idea: str, **said: Any):
+        plain = {"optimizer": "sgd", "kept": 1.0, "dropout": 0.0, "same_weights": True}
+        return Evidence(name, Case(sent, model, {**plain, **said}), truth, idea)
+
+    dense = gi.models.mlp([64, 40, 10], activation="leaky_relu", dtype=DOUBLE, generator=g)
+    wide = gi.models.mlp([64, 120, 10], dtype=DOUBLE, generator=g)
+    x = digits(1)
+    yield made("one sample", dense, [gradient(dense, x)], x, "the ratio of the first layer")
+    adam = {"optimizer": "adam", "learning_rate": 0.01}
+    for name, single in (("a step of Adam", False), ("a step of Adam, sent in float32", True)):
+        x = digits(1)
+        sent = gradient(dense, x, **adam)
+        sent = {n: t.float().double() if single else t for n, t in sent.items()}
+        idea = "Adam's first step is one-to-one in each entry, to so many digits"
+        yield made(name, dense, [sent], None if single else x, idea, optimizer="adam")
+    for name, kept in (("a pruned update", 0.3), ("an update pruned to 3 %", 0.03)):
+        x = digits(1)
+        pruned = gi.pruning.keep_random(gi.Update(gradient(wide, x)), kept, generator=g).gradients
+        idea = "zeros are left out: each pixel needs one entry whose row's bias was kept"
+        yield made(name, wide, [dict(pruned)], x if kept > 0.1 else None, idea, kept=kept)
+    for name, filters in (("dropout above a convolution", 6), ("dropout above one filter", 1)):
+        x, bare = digits(1), _conv(filters, g)
+        dropped = gi.dropout.with_dropout(bare, 0.5).train()
+        sent = gradient(dropped, x)
+        sent = dict(zip(dict(bare.named_parameters()), sent.values(), strict=True))
+        idea = "the network that the client used had a dropout; build it, and its zeros are masked"
+        yield made(name, bare, [sent], x if filters > 1 else None, idea, dropout=0.5)
+    for name, count in (("a batch", 4), ("a batch of thirty", 30)):
+        x = digits(count)
+        idea = "the rank of the first layer's gradient is how many samples there were"
+        yield made(name, wide, [gradient(wide, x)], x if count < 9 else None, idea)
+    for name, same in (("two secure sums", True), ("two sums from different weights", False)):
+        x = digits(3)
+        moved = gi.models.mlp([64, 40, 10], activation="leaky_relu", dtype=DOUBLE, generator=g)
+        each = [gradient(dense, one[None]) for one in x]
+        later = each if same else [gradient(moved, one[None]) for one in x]
+        sums = [{n: sum(s[n] for s in part) for n in each[0]} for part in (each, later[:2])]
+        truth = x[2:] if same else None
+        idea = "who is in one sum and not in the other is their difference"
+        yield made(name, dense, sums, truth, idea, same_weights=same)
+    for name, sigma in (("a norm in train mode", 0.0), ("a norm in train mode, and noise", 0.05)):
+        x, normed = digits(1), _normed(g)
+        sent = {
+            n: t + sigma * t.abs().max() * torch.randn(t.shape, generator=g, dtype=DOUBLE)
+            for n, t in gradient(normed, x).items()
+        }
+        idea = "a norm hides one factor, the brightness; full ranks tell the rest"
+        yield made(name, normed, [sent], None if sigma else x, idea)
+    for name, length in (("a sentence", 14), ("a long text", 60)):
+        yield _sentence(name, length, g)
 
 
-def _conv(seed: int, filters: int, stride: int) -> nn.Module:
-    side = 8 // stride // 2
-    one = nn.Conv2d(1, filters, 3, stride, 1, bias=False)
-    two = nn.Conv2d(filters, 2 * filters, 3, 2, 1, bias=False)
-    head = nn.Linear(2 * filters * side**2, 10, bias=False)
-    model = nn.Sequential(one, nn.LeakyReLU(0.2), two, nn.LeakyReLU(0.2), nn.Flatten(), head)
-    g = torch.Generator().manual_seed(seed)
+def _drawn(model: nn.Sequential, g: torch.Generator) -> nn.Sequential:
     with torch.no_grad():
-        for parameter in model.double().parameters():
-            drawn = torch.randn(parameter.shape, generator=g, dtype=DOUBLE)
-            parameter.copy_(drawn / parameter[0].numel() ** 0.5)
+        for p in model.double().parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=DOUBLE) / p[0].numel() ** 0.5)
     return model
 
 
-def _noisy(update: gi.Update, sigma: float, seed: int) -> gi.Update:
-    g = torch.Generator().manual_seed(seed)
-    noisy = {
-        name: t + sigma * t.abs().max() * torch.randn(t.shape, generator=g, dtype=t.dtype)
-        for name, t in update.gradients.items()
-    }
-    return gi.Update(noisy) if sigma else update
+def _conv(filters: int, g: torch.Generator) -> nn.Sequential:
+    conv = nn.Conv2d(1, filters, 3, 1, 1)
+    layers = [conv, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64 * filters, 10)]
+    return _drawn(nn.Sequential(*layers), g)
 
 
-def _recovery(model: nn.Module, file: Path) -> gi.Recovery | None:
-    try:
-        return gi.recover(model, gi.Update.load(file), SHAPE, LOSS)
-    except gi.errors.GradientInversionError:
-        return None
+def _normed(g: torch.Generator) -> nn.Sequential:
+    conv, norm = nn.Conv2d(1, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
+    act = [nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(384, 10)]
+    return _drawn(nn.Sequential(conv, norm, *act), g).train()
+
+
+def _sentence(name: str, length: int, g: torch.Generator) -> Evidence:
+    from gradinv_edu.kit import language
+
+    net = language.gpt(200, width=48, length=64, generator=g, dtype=DOUBLE)
+    ids = torch.randint(0, 200, (1, length + 1), generator=g)
+    loss, names = LOSS(net(ids[:, :-1]), ids[:, 1:]), [f"h.0.attn.{p}_proj.weight" for p in "qkv"]
+    found = torch.autograd.grad(loss, [net.get_parameter(n) for n in names])
+    norm = net.h[0].ln_1
+    weights = {"embedding": net.wte.weight, "positions": net.wpe.weight[:length]}
+    weights |= {"scale": norm.weight, "shift": norm.bias}
+    known = {n: t.detach() for n, t in weights.items()}
+    case = Case([dict(zip(names, found, strict=True))], None, {"kept": 1.0}, known)
+    truth = ids[0, :-1].tolist() if length < 48 else None
+    return Evidence(name, case, truth, "only inputs of the block lie in the span of its rows")
+
+
+def _is_right(answer: object, given: Evidence) -> bool:
+    """Whether an answer is the client's: every picture in any order, or every word in order."""
+    if given.truth is None or answer is None:
+        return False
+    if isinstance(given.truth, list):
+        words = answer.tolist() if isinstance(answer, Tensor) else answer
+        return isinstance(words, list) and words == given.truth
+    demand(isinstance(answer, Tensor), f"For {given.name}, return pictures as one tensor.")
+    with suppress(RuntimeError):
+        found = answer.detach().double().reshape(-1, 64)  # type: ignore[union-attr]
+        true = given.truth.reshape(-1, 64)
+        if len(found) != len(true) or not found.isfinite().all():
+            return False
+        if "norm" in given.name:  # brightness is hidden
+            found = found * (found * true).sum() / found.square().sum().clamp(min=1e-300)
+        near = [[gi.metrics.psnr(a, b) > RIGHT for a in found] for b in true]
+        return all(any(row) for row in near)
+    return False
 
 
 class Investigate(Mistakes, of="capstone-investigate"):
-    def no_update_is_ever_odd(model, file):
-        """… stopped on two samples …"""
-        recovery = gi.recover(model, gi.Update.load(file), SHAPE, LOSS)
-        return recovery.inputs, recovery.targets
+    def _walk(case, sure=None):
+        """What one call of recover makes of the first message."""
+        try:
+            model, update = case.model, gi.Update(case.sent[0])
+            recovery = gi.recover(model, update, SHAPE, LOSS)
+        except (gi.errors.GradientInversionError, AttributeError):
+            return None, 0.03
+        return recovery.inputs, (0.95 if recovery.exact else 0.03) if sure is None else sure
 
-    def bias_ratio_or_nothing(model, file):
-        """From {name} (one sample, a layer plan that leaves nothing open) everything can be
-        recovered, and you return nothing. Which layer, which loss, which local steps does it
-        need?"""
-        gradients = list(gi.Update.load(file).gradients.values())
-        if gradients[1].dim() != 1:
-            return None
-        return gi.fully_connected.recover_input(gradients[0], gradients[1]), torch.tensor(1)
+    def one_call_for_everything(case):
+        """You earn {points:.0%} of what these messages hold: one call of recover reads what it is
+        made for. Nothing of {name} was recovered, and it can be: {idea}."""
+        return Investigate._walk(case)
 
-    def stretched_to_be_looked_at(model, file):
-        """Your picture from {name} is at {decibel:.0f} dB, and 40 dB are within reach: the
-        equations determine it."""
-        recovery = _recovery(model, file)
-        if recovery is None:
-            return None
-        x = recovery.inputs - recovery.inputs.mean()
-        return x / x.abs().max(), recovery.targets
+    def sure_of_everything(case):
+        """You are {sure:.0%} sure of your answer to {name}, and it is wrong. Some of these
+        messages hold nothing, and some nothing to you: what in this one tells you which?"""
+        return Investigate._walk(case, 1.0)
 
-    def prediction_for_label(model, file):
-        """The picture from {name} is right and the label is not: the last layer's gradient tells
-        it."""
-        recovery = _recovery(model, file)
-        return recovery and (recovery.inputs, model(recovery.inputs).argmax())
+    def nothing_dared(case):
+        """You answered {name} rightly and are {sure:.0%} sure of it: an answer earns
+        1 − (1 − sure)², so that what you do not dare to say earns nothing."""
+        return Investigate._solved(case)[0], 0.05
+
+    def half_sure_of_everything(case):
+        """You are {sure:.0%} sure of all your answers. Some of them are right to the last digits,
+        some hold nothing at all; a number that never moves says nothing."""
+        return Investigate._solved(case)[0], 0.5
+
+    def adam_taken_for_a_gradient(case):
+        """Like sure_of_everything."""
+        plain = {**case.protocol, "optimizer": "sgd"}
+        return Investigate._solved(Case(case.sent, case.model, plain, case.weights))
+
+    def _solved(case):
+        """The solution of the source, for mistakes that differ from it in one place."""
+        said, sent = case.protocol, case.sent[0]
+        if case.model is None:
+            return Investigate._words(case.weights, sent)
+        if len(case.sent) == 2:
+            if not said["same_weights"]:
+                return None, 0.02
+            sent = {n: t - case.sent[1][n] for n, t in sent.items()}
+        if said["optimizer"] == "adam":
+            if all(torch.equal(t, t.float().double()) for t in sent.values()):
+                return None, 0.02
+            sent = {n: 1e-8 * t / (1 - t.abs()) for n, t in sent.items()}
+        G, b = list(sent.values())[:2]
+        if said["kept"] < 1:
+            met = (1 - (1 - said["kept"]) ** int((b != 0).sum())) ** 64
+            return gi.pruning.recover_pruned(G, b).nan_to_num(), met
+        model = case.model
+        if said["dropout"]:
+            model = gi.dropout.with_dropout(model, said["dropout"]).train()
+            sent = dict(zip(dict(model.named_parameters()), sent.values(), strict=True))
+        try:
+            n = Investigate._rank(G, b) if G.ndim == 2 else 1
+            if n > 1:
+                return (gi.batches.recover_batch(G, b, n), 0.97) if n <= 8 else (None, 0.02)
+            recovery = gi.recover(model, gi.Update(sent), SHAPE, LOSS)
+        except gi.errors.GradientInversionError:
+            return None, 0.02
+        full = all(layer.full_rank for layer in recovery.layers)
+        small = recovery.mismatch is not None and recovery.mismatch < 1e-9
+        return recovery.inputs, 0.98 if recovery.exact or (full and small) else 0.02
+
+    def _rank(G, b):
+        return int(torch.linalg.matrix_rank(torch.cat([G, b[:, None]], 1), rtol=1e-6))
+
+    def _words(weights, sent):
+        values, V = torch.linalg.svd(torch.cat(list(sent.values())))[1:]
+        rank = int((values > 1e-9 * values[0]).sum())
+        if rank == V.shape[1] or rank < len(weights["positions"]):
+            return None, 0.02
+        streams = weights["embedding"][None] + weights["positions"][:, None]
+        size = streams.shape[-1:]
+        u = nn.functional.layer_norm(streams, size, weights["scale"], weights["shift"])
+        return (u @ V[rank:].T).norm(dim=-1).argmin(dim=1).tolist(), 0.98
+
+
+def share(said: list[tuple[Evidence, bool, float]]) -> float:
+    """Σ (1 − (1 − s)²) over right answers less Σ s² over wrong ones, by how many can be right.
+
+    A proper score: who says how probable an answer is earns most on average; saying nothing
+    earns nothing.
+    """
+    earned = sum(1 - (1 - s) ** 2 if true else -(s**2) for _, true, s in said)
+    return max(0.0, earned / sum(given.truth is not None for given, _, _ in said))
+
+
+def answers(investigate: Student, seed: int) -> list[tuple[Evidence, bool, float]]:
+    """Put every case to a student: whether the answer is right, and how sure they are."""
+    said = []
+    for given in evidence(seed):
+        both = pair(ask(investigate, given.case, case=f"on {given.name}"), "investigate(...)")
+        sure = both[1].item() if isinstance(both[1], Tensor) else both[1]
+        number = isinstance(sure, int | float) and math.isfinite(sure) and 0 <= sure <= 1
+        demand(number, f"How sure you are is a number from 0 to 1; yours is {sure!r}.")
+        said.append((given, _is_right(both[0], given), float(sure)))
+    return said
 
 
 def check_investigate(investigate: Student, seed: int = 1) -> None:
-    """Check C.1: what can be recovered is recovered, and nothing makes it fall over."""
-    with evidence(seed) as files:
-        for given in files:
-            answer, name = _investigated(investigate, given), given.name
-            if given.kind == "leaks":
-                demand(answer is not None, Investigate.bias_ratio_or_nothing, name=name)
-                picture, label = pair(answer, "investigate(...)")
-                facts = {"name": name, "decibel": _decibel(picture, given)}
-                near = facts["decibel"] > RIGHT
-                demand(near, Investigate.stretched_to_be_looked_at, **facts)
-                same = int(tensor(label, "the label").reshape(())) == given.label
-                demand(same, Investigate.prediction_for_label, name=name)
-    right("What the equations determine, you have; and no update makes your code fall over.")
+    """Check: what was recovered, weighed by how sure its finder was."""
+    said = answers(investigate, seed)
+    points = share(said)
+    if points >= FULL:
+        right(f"{points:.0%} of what could be had, and you knew where there was nothing.")
+        return
+    raise _verdict(said, points)
 
 
-def _investigated(investigate: Student, given: Evidence) -> object:
-    """What a student finds, ``None`` being an honest answer here."""
-
-    def found(*arguments: object) -> object:
-        return (investigate(*arguments),)
-
-    found.__name__ = getattr(investigate, "__name__", "investigate")
-    return ask(found, given.model, given.file, case=f"on {given.name}")[0]
-
-
-def _decibel(picture: object, given: Evidence) -> float:
-    found = tensor(picture, "the picture")
-    demand(found.numel() == given.picture.numel(), f"A picture has {SHAPE} entries.")
-    return gi.metrics.psnr(found.reshape(given.picture.shape), given.picture)
-
-
-class HowSure(Mistakes, of="capstone-sure"):
-    def always_sure(model, file):
-        """You are {sure:.0%} sure of every update, whatever it is. Some of these pictures are right
-        and some are not; a number that never moves says nothing."""
-        return 1.0
-
-    def whoever_explains_the_gradient_is_right(model, file):
-        """You are {sure:.0%} sure of your picture from {name}, and it is wrong. It explains every
-        gradient to the last digit; so do many others, because a layer lacks rank."""
-        recovery = _recovery(model, file)
-        if recovery is None:
-            return 0.0
-        return 0.95 if recovery.mismatch is None or recovery.mismatch < 1e-6 else 0.05
-
-    def full_rank_is_enough(model, file):
-        """You are {sure:.0%} sure of your picture from {name}, and it is wrong: compute the
-        gradient at your answer again. More than one sample was in this update."""
-        recovery = _recovery(model, file)
-        if recovery is None:
-            return 0.0
-        return 0.95 if all(layer.full_rank for layer in recovery.layers) else 0.05
-
-    def never_sure(model, file):
-        """You are {sure:.0%} sure of your picture from {name}, and it is right to the last digits:
-        every layer has full rank, nothing is left unexplained. Dare to say so."""
-        return 0.05 if _recovery(model, file) is not None else 0.0
-
-    def hardly_committed(model, file):
-        """The mean squared difference between how sure you were and what came true is {score:.2f};
-        below 0.1 passes. Where were you sure of the wrong thing?"""
-        recovery = _recovery(model, file)
-        return 0.55 if recovery is not None and recovery.exact else 0.45
-
-
-FOOLED = {
-    "open": HowSure.whoever_explains_the_gradient_is_right,
-    "mixed": HowSure.full_rank_is_enough,
-    "noisy": "You are {sure:.0%} sure of your picture from {name}, and it is wrong: the equations "
-    "are met only roughly, and the smallest singular value makes much of a little.",
-    "leaks": "You are {sure:.0%} sure of your picture from {name}, and it is wrong.",
-}
-
-
-def check_how_sure(investigate: Student, how_sure: Student, seed: int = 1) -> None:
-    """Check C.2: confidence that comes true, by the Brier score, on files held out."""
-    with evidence(seed) as files:
-        said = [(given, *_said(investigate, how_sure, given)) for given in files]
-    sures = [sure for _, sure, _ in said]
-    demand(max(sures) - min(sures) > 1e-6, HowSure.always_sure, sure=sures[0])
-    for given, sure, true in said:
-        facts = {"sure": sure, "name": given.name}
-        demand(true or sure < 0.9, FOOLED[given.kind], **facts)
-        demand(not true or sure > 0.1 or given.kind != "leaks", HowSure.never_sure, **facts)
-    score = sum((sure - true) ** 2 for _, sure, true in said) / len(said)
-    demand(score < 0.1, HowSure.hardly_committed, score=score)
-    right("Your confidence comes true: Brier score below 0.1.")
-
-
-def _said(investigate: Student, how_sure: Student, given: Evidence) -> tuple[float, bool]:
-    """How sure a student is of a picture, and whether it is right."""
-    answer = _investigated(investigate, given)
-    number = ask(how_sure, given.model, given.file, case=f"on {given.name}")
-    sure = float(tensor(number, "how_sure"))
-    demand(0 <= sure <= 1, f"How sure you are is a number from 0 to 1; yours is {sure}.")
-    if answer is None:
-        return sure, False
-    return sure, _decibel(pair(answer, "investigate(...)")[0], given) > RIGHT
+def _verdict(said: list[tuple[Evidence, bool, float]], points: float) -> WrongAnswerError:
+    sures = [sure for *_, sure in said]
+    fooled = [(g, s) for g, true, s in said if not true and s >= SURE]
+    missed = [(g, s) for g, true, s in said if g.truth is not None and not true]
+    dared = [(g, s) for g, true, s in said if true and s < SURE]
+    hint, worst = Investigate.one_call_for_everything, (missed or dared or said)[0]
+    if fooled:
+        hint, worst = Investigate.sure_of_everything, fooled[0]
+    elif dared and max(sures) < 0.3:
+        hint, worst = Investigate.nothing_dared, dared[0]
+    elif max(sures) - min(sures) < 1e-6:
+        hint = Investigate.half_sure_of_everything
+    elif not missed:
+        hint, worst = Investigate.nothing_dared, dared[0]
+    found = {"name": worst[0].name, "idea": worst[0].idea, "sure": worst[-1]}
+    verdict = WrongAnswerError(told(hint, points=points, **found))
+    verdict.share = points
+    return verdict

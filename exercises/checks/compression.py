@@ -21,7 +21,7 @@ from .verdict import (
 )
 
 
-class Fill(Mistakes, of="compression-fill"):
+class Fill(Mistakes, of="compression-fill", own=("gradinv_edu.pruning.recover_pruned",)):
     def zeros_as_numbers(G, b):
         """You took the zeros for numbers: what was pruned is unknown, and has no say in the
         average."""

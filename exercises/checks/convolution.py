@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import gradinv_edu as gi
 
 from .verdict import (
+    AUTOGRAD,
     Mistakes,
     Student,
     ask,
@@ -33,7 +34,7 @@ def _sum(k: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     return torch.einsum("ij,ijuv->uv", k, patches)
 
 
-class KernelGradient(Mistakes, of="convolution-gradient"):
+class KernelGradient(Mistakes, of="convolution-gradient", own=AUTOGRAD):
     def mean_for_sum(x, k, size, stride):
         """You took the mean over the positions. The weight is used at every position, and the
         chain rule adds up what each of them does to the loss."""
@@ -87,7 +88,7 @@ def _matrix(kernel: Tensor, size: int, stride: int, padding: int) -> Tensor:
     return gi.convolution.as_dense(conv, (1, size, size))
 
 
-class AsMatrix(Mistakes, of="convolution-matrix"):
+class AsMatrix(Mistakes, of="convolution-matrix", own=("gradinv_edu.convolution.as_dense",)):
     def transposed_matrix(kernel, size, stride, padding):
         """Your matrix is transposed: it takes a picture to an output, so columns are pixels."""
         return _matrix(kernel, size, stride, padding).T

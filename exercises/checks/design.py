@@ -9,7 +9,19 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, compare, demand, expect, known, normal, right, tensor
+from .verdict import (
+    Mistakes,
+    Student,
+    ask,
+    compare,
+    demand,
+    expect,
+    known,
+    normal,
+    refuse,
+    right,
+    tensor,
+)
 
 LOSS, LABEL = nn.CrossEntropyLoss(), torch.tensor([3])
 
@@ -25,7 +37,7 @@ def _side(size: int, f: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - f) // stride + 1
 
 
-class MostFilters(Mistakes, of="design-most"):
+class MostFilters(Mistakes, of="design-most", own=("gradinv_edu.design.filter_bound",)):
     def repeated_equations_counted(c, size, f, stride, padding):
         """You count every equation as news. Between the two sets some repeat what others say, once
         for each pair of filters."""
@@ -238,7 +250,21 @@ def check_front(front: Student, shift: float = 0.0) -> None:
     true, found = _front(designs), set(answer)
     for hint, wrong in known("design-front", (designs,)):
         demand(found == true or found != wrong, hint)
-    demand(found == true, f"Of {len(names)} designs {len(found ^ true)} are misjudged.")
+    for name in sorted(found - true):
+        better = next(
+            n
+            for n in names - {name}
+            if name not in _front([d for d in designs if d[0] in (n, name)])
+        )
+        refuse(
+            f"You kept “{name}”, and “{better}” is at least as good in both figures and better in "
+            "one: compare the mean of the accuracies and the median of the recoveries."
+        )
+    for name in sorted(true - found):
+        refuse(
+            f"You left out “{name}”: whatever learns better than it leaks more, and whatever leaks "
+            "less learns worse."
+        )
     right("The front says what there is to choose from; it does not choose.")
 
 

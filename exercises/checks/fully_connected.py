@@ -8,6 +8,7 @@ from torch import Tensor
 import gradinv_edu as gi
 
 from .verdict import (
+    AUTOGRAD,
     Mistakes,
     Student,
     ask,
@@ -38,7 +39,7 @@ def _slopes(z: Tensor, label: int) -> Tensor:
     return k
 
 
-class Gradients(Mistakes, of="fully_connected-gradients"):
+class Gradients(Mistakes, of="fully_connected-gradients", own=AUTOGRAD):
     def label_forgotten(W, b, x, label):
         """Your k is the softmax alone: all its entries are positive, so training would lower every
         output. Which output should rise?"""
@@ -91,7 +92,9 @@ def check_dense_gradients(
     right("The weight gradient is an outer product: every row is the same picture.")
 
 
-class Combine(Mistakes, of="fully_connected-combine"):
+class Combine(
+    Mistakes, of="fully_connected-combine", own=("gradinv_edu.fully_connected.recover_input",)
+):
     def mean_of_living_rows(G, k):
         """You averaged the rows' answers. A row with a tiny k divides its noise by almost nothing,
         and the plain mean gives it a vote like any other."""
@@ -178,7 +181,11 @@ def _length(W: Tensor, v: Tensor, c: Tensor, label: int) -> Tensor:
     return torch.log(c[i] / c[j]) / ((W[i] - W[j]) @ v)
 
 
-class WithoutBias(Mistakes, of="fully_connected-softmax"):
+class WithoutBias(
+    Mistakes,
+    of="fully_connected-softmax",
+    own=("gradinv_edu.fully_connected.recover_from_cross_entropy",),
+):
     def direction_for_input(W, G):
         """That is the direction without its length: the softmax knows the length too."""
         v, _, label = _direction(G)

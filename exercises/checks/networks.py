@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 
@@ -119,9 +121,9 @@ class Turned(Mistakes, of="networks-turned"):
 
 def check_turned(misread: Student, seed: int = 5) -> None:
     """Check: the unit that was read on the wrong side of its kink."""
-    for start in range(seed, seed + 4):
-        k, turn = normal(start, 25), normal(start + 50, 25)
-        truth = next(i for i in range(25) if _apart(k, turn, i))
+    drawn = ((normal(start, 25), normal(start + 50, 25)) for start in range(seed, seed + 99))
+    clear = ((k, t, i) for k, t in drawn if (i := _clear(k, t)) is not None)
+    for k, turn, truth in islice(clear, 4):
         total = k.sum() + turn[truth]
         answer = ask(misread, k, turn, total)
         for mistake in Mistakes.KNOWN["networks-turned"]:
@@ -129,6 +131,11 @@ def check_turned(misread: Student, seed: int = 5) -> None:
             demand(wrong == truth or answer != wrong, mistake)
         demand(answer == truth, f"Not unit {answer}: its turn does not close the gap.")
     right("one sum a filter names the unit; the layers below are spared its error.")
+
+
+def _clear(k: Tensor, turn: Tensor) -> int | None:
+    """The first unit that no known mistake names, if there is one."""
+    return next((i for i in range(len(k)) if _apart(k, turn, i)), None)
 
 
 def _apart(k: Tensor, turn: Tensor, unit: int) -> bool:

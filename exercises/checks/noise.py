@@ -79,7 +79,7 @@ def _spent(s: float, log: float) -> float:
     return s + 2 * math.sqrt(s * log)
 
 
-class Epsilon(Mistakes, of="noise-epsilon"):
+class Epsilon(Mistakes, of="noise-epsilon", own=("gradinv_edu.privacy.privacy_spent",)):
     def rounds_multiplied(sigma, rounds, delta):
         """You multiplied the ε of one round by the rounds. Rényi divergences add up over the
         rounds; convert to ε after that, and it grows more slowly."""

@@ -7,7 +7,19 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 
-from .verdict import Mistakes, Student, ask, compare, demand, distance, each, expect, right, tensor
+from .verdict import (
+    AUTOGRAD,
+    Mistakes,
+    Student,
+    ask,
+    compare,
+    demand,
+    distance,
+    each,
+    expect,
+    right,
+    tensor,
+)
 
 
 def _neuron(seed: int, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,7 +29,7 @@ def _neuron(seed: int, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
     return W, b, torch.rand(pixels, generator=g, dtype=torch.float64)
 
 
-class Gradients(Mistakes, of="perceptron-gradients"):
+class Gradients(Mistakes, of="perceptron-gradients", own=AUTOGRAD):
     def slope_of_the_squared_error(W, b, x, y, factor=1):
         """That is the slope of a squared error, a multiple of z − y. Here the loss is
         log(1 + exp z) − y z: differentiate that."""
@@ -80,7 +92,7 @@ def check_gradients(gradients: Student, seed: int = 1, pixels: int = 3) -> None:
     right("One number k, and the weight gradient is the picture times it.")
 
 
-class Recover(Mistakes, of="perceptron-recover"):
+class Recover(Mistakes, of="perceptron-recover", own=("gradinv_edu.perceptron.recover_input",)):
     def fraction_upside_down(W, b, G, k):
         """The fraction is upside down: which of the two gradients holds the picture times k?"""
         return k / G, 1.0
@@ -190,7 +202,7 @@ def _mixed(W: Tensor, b: Tensor, pictures: Tensor, labels: Tensor) -> Tensor:
     return gi.perceptron.recover_input(sent["weight"][0], sent["bias"][0])
 
 
-class Training(Mistakes, of="perceptron-training"):
+class Training(Mistakes, of="perceptron-training", own=("gradinv_edu.perceptron.recover_input",)):
     def weights_for_differences(W, b, V, c):
         """You divided the weights themselves. They hold your own numbers; what the client changed
         holds the picture."""

@@ -117,7 +117,7 @@ def _law(
     return min(channels * size**2, total) if cap else total
 
 
-class Law(Mistakes, of="rank-law"):
+class Law(Mistakes, of="rank-law", own=("gradinv_edu.rank.rank_law",)):
     def more_rank_than_unknowns(*size):
         """{size}: you say that rank is {answer}, and there are only {unknowns} unknowns."""
         return _law(*size, cap=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import gradinv_edu as gi
 
 from .verdict import (
+    AUTOGRAD,
     Mistakes,
     Student,
     ask,
@@ -45,7 +46,7 @@ def _step(W: Tensor, k: Tensor, a: Tensor, name: str) -> tuple[Tensor, Tensor, T
     return (W.T @ k) * slope, z, mask
 
 
-class StepDown(Mistakes, of="recursion-step"):
+class StepDown(Mistakes, of="recursion-step", own=AUTOGRAD):
     def transposed_weight(W, k, a, name):
         """You multiplied by W where k must go the other way: from the outputs back to the inputs.
         Which index is summed?"""

@@ -22,7 +22,7 @@ def _solved(K: Tensor, G: Tensor) -> Tensor:
     return torch.linalg.pinv(K.T) @ G
 
 
-class ReadPatches(Mistakes, of="09-patches"):
+class ReadPatches(Mistakes, of="09-patches", own=("gradinv_edu.tokens.recover_patches",)):
     def class_token_kept(position_gradient, patch_gradient):
         """One row too many: the class token has a position, and no patch."""
         return _solved(position_gradient, patch_gradient)

@@ -14,11 +14,20 @@ Student = Callable[..., Any]
 
 ROUNDING = 1e-9
 SINGLE = 1e-4
+AUTOGRAD = (  # what "without automatic differentiation" forbids
+    *("torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward"),
+    *("torch.func.grad", "torch.func.vjp"),
+)
 UNFINISHED = "Not done yet: put your code where `raise NotImplementedError` stands."
 
 
 class WrongAnswerError(AssertionError):
-    """An answer is wrong; the message says in which way, and does not give the right one."""
+    """An answer is wrong; the message says in which way, and does not give the right one.
+
+    ``share`` is the part of the points that it earns all the same.
+    """
+
+    share = 0.0
 
     def _render_traceback_(self) -> list[str]:
         """Show one sentence in a notebook, not a page of the check's own code."""
@@ -36,9 +45,11 @@ class Mistakes:
     """
 
     KNOWN: ClassVar[dict[str, list[Student]]] = {}
+    OWN: ClassVar[dict[str, tuple[str, ...]]] = {}
 
-    def __init_subclass__(cls, of: str) -> None:
-        """Note the mistakes of exercise ``of``."""
+    def __init_subclass__(cls, of: str, own: tuple[str, ...] = ()) -> None:
+        """Note the mistakes of exercise ``of``, and the functions that earn nothing in it."""
+        Mistakes.OWN[of] = own
         answers = {k: f for k, f in vars(cls).items() if callable(f) and not k.startswith("_")}
         for answer in answers.values():
             if other := re.fullmatch(r"Like (\w+)\.", answer.__doc__):
@@ -50,6 +61,11 @@ def told(hint: str | Student, **facts: object) -> str:
     """Return a hint as one line, or that of a known mistake."""
     words = hint if isinstance(hint, str) else hint.__doc__ or ""
     return " ".join((words.format(**facts) if facts else words).split())
+
+
+def pattern(mistake: Student) -> str:
+    """Return the regular expression of what a known mistake is told, figures left open."""
+    return re.sub(r"\\\{[^}]*\\\}|(\\ )?…(\\ )?", ".*", re.escape(told(mistake)))
 
 
 def right(text: str) -> None:
