@@ -18,7 +18,7 @@ from .checks import checked
 from .engine.losses import count_labels, possible_labels, recover_outputs
 from .engine.low_rank import Factors, low_rank_factors, machine_epsilon, require_bias
 from .engine.sparse import Progress, null_vectors, sparse_basis, sparse_directions
-from .errors import InconsistentGradientError, InvalidArgumentError
+from .errors import InconsistentGradientError, InvalidArgumentError, NotRecoveredError
 
 __all__ = [
     "Factors",
@@ -53,17 +53,17 @@ def isolated_samples(
 ) -> list[Isolated]:
     r""":math:`G_i / b_i = G_j / b_j \Rightarrow` one sample alone excites rows i and j: it is this.
 
-    A row's ratio is a mixture of the samples that excite it, in shares that differ from row to
-    row; two rows agree only where there was nothing to mix. No truth is needed to see that. Right
-    under one output, or two classes, shares hang on nothing but which samples excite a row:
-    mixtures agree too, and no gradient tells. Implements :eq:`lonely-rows`.
+    A row's ratio is a mixture of the samples that excite it, in a proportion that differs from row
+    to row; two rows agree only where there was nothing to mix. No truth is needed to see that.
+    Right under one output, or two classes, the proportion is the same in every row: mixtures agree
+    too, and no gradient tells them from samples. Implements :eq:`lonely-rows`.
 
     Parameters
     ----------
     weight_gradient, bias_gradient : Tensor
         ``(m, n)`` and ``(m,)``, of a batch of any size.
     outputs : int
-        How many outputs the network has.
+        How many outputs the network has, or the units of a narrower layer above.
     tolerance : float, optional
         Relative difference of equal ratios; by default, what the client's rounding explains.
 
@@ -84,8 +84,8 @@ def isolated_samples(
         raise InvalidArgumentError(f"tolerance is zero or more; got {tolerance!r}.")
     if checks.whole(outputs, "outputs") < 3:
         raise InconsistentGradientError(
-            f"Under {outputs} output(s) rows are mixed in equal shares: that ratios are equal "
-            "proves nothing there. Three outputs or more would make it a certificate."
+            f"Under {outputs} output(s) all rows mix the samples in one proportion: that ratios "
+            "are equal proves nothing there. Three outputs or more would make it a certificate."
         )
     tolerance = 1e3 * machine_epsilon(weight_gradient) if tolerance is None else tolerance
     rows = b.abs().argsort(descending=True)
@@ -135,6 +135,7 @@ def recover_batch(
     *,
     weight: Float[Tensor, " m n"] | None = None,
     bias: Float[Tensor, " m"] | None = None,
+    outputs: int | None = None,
     method: str = "descent",
     generator: torch.Generator | None = None,
     progress: Progress | bool = False,
@@ -157,7 +158,11 @@ def recover_batch(
         The layer's own ``(m, n)`` and ``(m,)`` when the gradient was taken: an answer must then
         pass :func:`forward_agreement`, and the search ends as soon as it does. Leave them out
         for several local steps, which switch units; then an answer whose zeros are few, or avoid
-        each other, as mixtures' may above few outputs, is refused.
+        each other, is refused.
+    outputs : int, optional
+        How many outputs the network has. Under N outputs or fewer, ``K`` has rows of fewer
+        dimensions than samples, and mixtures vanish in more of them than a sample does: without
+        ``weight`` such an answer is refused. Left out, the caller vouches for more outputs.
     method, generator, progress, budget
         Of the search, as :func:`sparse_basis` takes them.
 
@@ -180,6 +185,11 @@ def recover_batch(
     G, b = weight_gradient, require_bias(bias_gradient)
     if bias is not None and weight is None:
         raise InvalidArgumentError("bias is of no use without weight: give both, or neither.")
+    if weight is None and outputs is not None and checks.whole(outputs, "outputs") <= batch_size:
+        raise NotRecoveredError(
+            f"Under {outputs} output(s) mixtures of {batch_size} samples vanish in more rows than "
+            "the samples do: give weight, whose forward pass tells them apart."
+        )
     scale = G.norm() / b.norm()  # so that neither part drowns the other
     whole = torch.cat([G, (scale * b)[:, None]], dim=1)
     eps = max(machine_epsilon(G), machine_epsilon(b))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,7 @@ from .sharing import Update, observe
 __all__ = ["app", "leak", "load_model", "main"]
 
 FINE, LEAKS, WRONG = 0, 1, 2
+STOPPED, UNREAD = 130, 141  # as a shell has it: 128 and the signal
 LOSSES: dict[str, type[nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
     "logistic": nn.BCEWithLogitsLoss,
@@ -46,7 +49,8 @@ gradinv recover --model mypackage.nets:make --weights sent.safetensors
  --update update.safetensors --input 1,28,28 --out picture.png
 
 Exit codes: 0 done; 1 the network leaks beyond the limit, or the recovery is not exact;
-2 something was wrong with what was given, and was told."""
+2 something was wrong with what was given, and was told;
+130 stopped by Ctrl-C; 141 nobody read on."""
 
 app = typer.Typer(
     help="What does a gradient give away?",
@@ -97,22 +101,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, given as on a command line, by default the process's own.
 
     Returns the exit code: 0 done, 1 a leak beyond the limit or a recovery that is not exact, 2
-    bad input.
+    bad input or an answer that cannot be written, 130 Ctrl-C, 141 a pipe that was closed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = typer.main.get_command(app).main(given, prog_name="gradinv", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return WRONG
-    except click.Abort:  # Ctrl-C
-        return WRONG
+    except (click.Abort, KeyboardInterrupt):
+        return STOPPED
     except GradientInversionError as error:
         if "--json" in given:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(f"gradinv: {error}", file=sys.stderr)
         return WRONG
+    except (SystemExit, BrokenPipeError):  # nobody reads on; click leaves by the first
+        _silence()
+        return UNREAD
+    except OSError as error:
+        _silence()
+        print(f"gradinv: cannot write the answer: {error.strerror or error}.", file=sys.stderr)
+        return WRONG
     return int(code or FINE)
+
+
+def _silence() -> None:
+    """Let Python's last flush go nowhere: what cannot be written would be tried again."""
+    with suppress(OSError):  # there is no file below, in a notebook or a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leak(found: Audit) -> float:

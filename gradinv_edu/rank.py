@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .checks import checked
 from .engine import patches
 from .engine.auditing import Auditing
 from .engine.jacobian import WholeGradient, forked_randomness, numerical_rank
 from .engine.layers.convolution import Conv, places
-from .engine.leak import leak_map, system_leak_map
+from .engine.leak import leak_map, noise_floor, system_leak_map
 from .engine.progress import Deadline, OutOfTime, bar
-from .engine.sample import Shape, begin, checked_shape, sample, seeded, usable
+from .engine.sample import Shape, begin, sample, seeded
 from .engine.verdicts import LayerAudit, Stop, Verdict, conclusion
 from .errors import UnsupportedLayerError
 from .kit import report
@@ -33,6 +34,7 @@ __all__ = [
     "audit",
     "jacobian_rank",
     "leak_map",
+    "noise_floor",
     "rank_law",
     "system_leak_map",
 ]
@@ -158,6 +160,7 @@ class Audit:
         return report.audit_html(self)
 
 
+@checked
 def audit(
     model: nn.Module,
     input_shape: Shape,
@@ -219,17 +222,16 @@ def audit(
 
     Notes
     -----
-    Rank analysis: Zhu and Blaschko (2021). Their index RA-i could not be checked against the
-    paper's text and is not computed; ``rank_index`` is ``rank − unknowns``, which Chen and
-    Campbell (2022) print for each layer and weigh into one number
-    (:attr:`Audit.weighted_index`).
+    Rank analysis: Zhu and Blaschko (2021). Their published code prints rank and columns of a
+    system that has the padding's pixels too; the difference is ``rank_index``, ``rank −
+    unknowns``. (The formula of their index RA-i could not be read.) Chen and Campbell (2022)
+    print it as well, and weigh it into one number (:attr:`Audit.weighted_index`).
     """
     started = time.monotonic()
-    shape, generator = checked_shape(input_shape), seeded(generator)
+    shape, generator = tuple(input_shape), seeded(generator)
     if seconds is not None:
         checks.number(seconds, "seconds", "a number of seconds, 0 or more", lambda s: s >= 0)
     end = None if seconds is None else started + seconds
-    usable(model)
     network = None
     embedding = patches.find(model, shape)
     if embedding is not None:
@@ -322,6 +324,7 @@ class RankLaw:
         return self.rank == self.unknowns
 
 
+@checked
 def rank_law(conv: nn.Module, input_shape: Shape) -> RankLaw:
     r""":math:`\mathrm{rank}[W; K] = \min(n,\; |W| + \mathrm{rank}\,K - F^2)`.
 
@@ -394,6 +397,7 @@ def _classes(row: Tensor, pixel: Tensor, n: int) -> list[tuple[int, int]]:
 # --- the whole network ------------------------------------------------------------------------
 
 
+@checked
 def jacobian_rank(
     model: nn.Module,
     input_shape: Shape,
@@ -443,12 +447,16 @@ def jacobian_rank(
     UnsupportedLayerError
         If it has no parameters, or an operation without derivatives of second order.
     """
-    shape, generator = checked_shape(input_shape), seeded(generator)
-    usable(model)
+    shape, generator = tuple(input_shape), seeded(generator)
     with forked_randomness(), bar("jacobian", progress) as moving:
         x = sample(shape, inputs, generator)
         problem = WholeGradient(model, x, loss, targets, generator)
-        rows = problem.rows(moving)
+        try:
+            rows = problem.rows(moving)
+        except (NotImplementedError, RuntimeError) as error:
+            raise UnsupportedLayerError(
+                f"The gradient cannot be differentiated once more: {error}."
+            ) from error
     rank = numerical_rank(rows)
     condition = None
     if problem.written and rank == x.numel():
@@ -473,7 +481,7 @@ def _network(
         if end is None or time.monotonic() <= end:
             raise
         return None
-    except (RuntimeError, UnsupportedLayerError):  # an operation without second derivatives
+    except UnsupportedLayerError:  # an operation without second derivatives
         if wanted:
             raise
         return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .checks import checked
 from .engine import losses, patches
+from .engine.explained import mismatch as mismatch_of
+from .engine.explained import unexplained
 from .engine.graph import Step, trace
 from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
-from .engine.progress import bar
+from .engine.progress import Deadline, OutOfTime, bar
 from .engine.recovery import Recovering, closed_form
 from .engine.reports import TOLERANCES, LayerReport
 from .engine.walk import Stack, State, head_of, lowest_dense
@@ -30,7 +33,7 @@ from .sharing import Update, without_weight_decay
 
 __all__ = ["Candidate", "LayerReport", "Recovery", "recover"]
 
-CHUNK = 2**20  # entries of a gradient that are compared at a time
+TIES = 1e-9  # relative size of an entry, or of a difference, that is rounding alone
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Candidate:
         From the layer where the recursion began down to the input.
     mismatch : float or None
         Largest relative difference, over the parameters, between the update and the gradient
-        at this answer; ``None`` where the server cannot recompute it (several local steps).
+        at this answer; where the server lacks a label or a mask to recompute it, the largest part
+        of a gradient that this answer cannot have given; ``None`` for several local steps.
     determined : bool
         Whether every layer had full rank and was consistent within the gradient's precision.
     hidden : tuple of str
@@ -74,10 +78,15 @@ class Recovery:
     exact : bool
         True only where every layer was determined and consistent and one answer alone
         explains the whole gradient: the picture may be trusted.
+    ran_out : bool
+        Whether the time given ran out. Where no descent had reached the input by then, ``inputs``
+        is NaN, and ``layers`` holds what was found above it: the last one's ``inputs`` are as far
+        down as the recursion came.
     """
 
     candidates: tuple[Candidate, ...]
     exact: bool
+    ran_out: bool = False
 
     @property
     def inputs(self) -> Tensor:
@@ -122,7 +131,8 @@ class Recovery:
         ]
         twins = f", {len(self.candidates)} answers explain it" if len(self.candidates) > 1 else ""
         hidden = [f"hidden: {what}" for what in self.hidden]
-        return "\n".join([head, *lines, *hidden, f"exact: {self.exact}{twins}"])
+        ended = ["the time given ran out"] if self.ran_out else []
+        return "\n".join([head, *lines, *hidden, *ended, f"exact: {self.exact}{twins}"])
 
 
 def _bound(residual: float) -> str:
@@ -131,6 +141,7 @@ def _bound(residual: float) -> str:
     return next((f"< {b:.0e}" for b in bounds if residual < b), "> 1e-02")
 
 
+@checked
 def recover(
     model: nn.Module,
     update: Update,
@@ -141,6 +152,7 @@ def recover(
     batch_size: int = 1,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    seconds: float | None = None,
     walk: type[Recovering] = Recovering,
 ) -> Recovery:
     r""":math:`k_{\text{below}} = (W^\top k) \odot \sigma'(z_{\text{below}})`, layer after layer.
@@ -171,6 +183,9 @@ def recover(
         Of the random starts that test ranks, and of those of a batch's last layer.
     progress : bool
         Show a bar for each layer that is solved iteratively.
+    seconds : float, optional
+        Time after which the recursion goes no further and gives what it has
+        (``Recovery.ran_out``); no limit by default.
     walk : type
         A subclass goes down otherwise; the book takes single abilities out of it.
 
@@ -198,11 +213,22 @@ def recover(
     Source: Zhu and Blaschko (2021), for leaky ReLU, one logit and known labels; everything
     else here is this project's. Ground truth is never used: the label is recovered.
     """
+    if seconds is not None:
+        checks.number(seconds, "seconds", "a number of seconds, 0 or more", lambda s: s >= 0)
+    end = None if seconds is None else time.monotonic() + seconds
     embedding = patches.find(model, input_shape)
     if embedding is not None:
         return _by_positions(embedding, model, update, loss, batch_size)
     recursion = _Recursion(model, update, input_shape, loss, batch_size, generator, progress, walk)
-    return recursion.recover(polish)
+    if end is None:
+        return recursion.recover(polish)
+    try:
+        with Deadline(end):
+            return recursion.recover(polish)
+    except OutOfTime:
+        if time.monotonic() <= end:  # a caller's own deadline
+            raise
+        return recursion.so_far()
 
 
 def _by_positions(
@@ -248,7 +274,9 @@ class _Recursion:
         self.update, self.loss = update, loss
         self.generator, self.progress, self.kind = generator, progress, walk
         self.steps: Sequence[Step] = trace(model, input_shape)
-        device = next(model.parameters()).device
+        self.device = device = next(model.parameters()).device
+        self.found: list[Candidate] = []
+        self.begun: list[tuple[_Start, Recovering]] = []
         sent = update.gradients
         self.dtype = max((g.dtype for g in sent.values()), key=lambda d: torch.finfo(d).eps)
         self.gradients = {n: g.detach().to(device, torch.float64) for n, g in sent.items()}
@@ -270,9 +298,10 @@ class _Recursion:
     def recover(self, polish: bool = False) -> Recovery:
         """Descend from every start; best answer first."""
         starts = self._starts()
-        found, failures = [], []
+        found, failures = self.found, []
         for start in starts:
             walk = self.walk(strict=len(starts) > 1)
+            self.begun.append((start, walk))
             try:
                 found.append(self._candidate(walk, start, polish))
             except InconsistentGradientError as error:
@@ -282,12 +311,28 @@ class _Recursion:
                 raise failures[0][2]
             # the branch that got farthest, once more, without turning back at a contradiction
             _, start, _ = max(failures, key=lambda f: f[0])
-            found = [self._candidate(self.walk(), start, polish)]
-        tolerance = 100 * TOLERANCES[self.dtype][0]
-        explaining = [c for c in found if c.mismatch is None or c.mismatch <= tolerance]
+            found.append(self._candidate(self.walk(), start, polish))
+        explaining = [c for c in found if c.mismatch is None or c.mismatch <= self._explains]
         best = sorted(explaining or found, key=lambda c: (not c.determined, c.mismatch or 0.0))
         exact = len(best) == 1 and bool(explaining) and best[0].determined and not best[0].hidden
         return Recovery(tuple(best), exact)
+
+    @property
+    def _explains(self) -> float:
+        """Largest mismatch of an answer that explains the update."""
+        return 100 * TOLERANCES[self.dtype][0]
+
+    def so_far(self) -> Recovery:
+        """What was found before the time ran out: nothing of it is vouched for."""
+        found = sorted(self.found, key=lambda c: (not c.determined, c.mismatch or 0.0))
+        if not found:
+            shape = (self.batch_size, *self.steps[0].input_shape)
+            x = torch.full(shape, torch.nan, dtype=torch.float64, device=self.device)
+            deepest = max(self.begun, key=lambda b: len(b[1].reports), default=None)
+            targets = None if deepest is None else deepest[0].targets
+            layers = () if deepest is None else tuple(deepest[1].reports)
+            found = [Candidate(x, targets, layers, None, False)]
+        return Recovery(tuple(found), exact=False, ran_out=True)
 
     # --- where the recursion begins -------------------------------------------------------------
 
@@ -394,13 +439,20 @@ class _Recursion:
         mismatch, targets, layers = None, start.targets, tuple(walk.reports)
         drawn = [s for s in self.steps if s.rule.random and not s.rule.normalises]
         unseen = [s for s in drawn if s.name not in walk.kept]
-        determined = walk.determined
+        determined = walk.determined()
         if self.update.local_steps == 1 and targets is not None and not unseen:
             gradient_at = gradient_of(self.steps, walk.kept, self.loss, targets)
             if polish:
                 x, layers, determined = self._polished(walk, x, gradient_at)
                 hidden = () if determined else hidden
-            mismatch = _mismatch(gradient_at(x), self.gradients)
+            mismatch = mismatch_of(gradient_at(x), self.gradients)
+            if mismatch > self._explains and any(s.rule.kinked or s.rule.pools for s in self.steps):
+                ties = max(TIES, 10 * torch.finfo(self.dtype).eps)
+                again = gradient_of(self.steps, walk.kept, self.loss, targets, ties)
+                mismatch = min(mismatch, mismatch_of(again(x), self.gradients))
+            determined = determined or walk.determined(mismatch)
+        elif self.update.local_steps == 1:
+            mismatch = unexplained(self.steps, self.gradients, x, walk.kept)
         return Candidate(x, targets, layers, mismatch, determined, hidden)
 
     def _polished(
@@ -418,7 +470,7 @@ class _Recursion:
                     progress=moving,
                 )
         except InconsistentGradientError:
-            return x, tuple(walk.reports), walk.determined
+            return x, tuple(walk.reports), walk.determined()
         equations = sum(g.numel() for g in self.gradients.values())
         report = LayerReport("polish", x.numel(), equations, better.solution, better.error)
         determined = better.solution.full_rank and better.at_noise
@@ -442,19 +494,3 @@ def _again(walk: Recovering, reports: Sequence[LayerReport], state: State) -> St
     """Begin where another walk has begun."""
     walk.reports += reports
     return state
-
-
-def _mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
-    """Largest relative difference, over the parameters, between two gradients."""
-    top = max(float(g.norm()) for g in sent.values())
-    return max(
-        _distance(found[n], g) / max(float(g.norm()), 1e-3 * top)
-        for n, g in sent.items()
-        if n in found
-    )
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """``‖a − b‖``, some entries at a time: a difference as large as a layer is dear to allocate."""
-    parts = zip(torch.split(a.flatten(), CHUNK), torch.split(b.flatten(), CHUNK), strict=True)
-    return math.hypot(*(float((one - other).norm()) for one, other in parts))

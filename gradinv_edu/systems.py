@@ -7,23 +7,28 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks
+from .checks import checked
 from .engine import channels
 from .engine.krylov import Progress, Rows
 from .engine.layers import Affine, ModuleOperator, pack, rule_of, weight_names
 from .engine.layers.base import LayerOperator
 from .engine.layers.convolution import ConvolutionOperator, DirectOperator
 from .engine.layers.dense import LinearOperator
+from .engine.preconditioner import Bordered
 from .engine.solve import Solution, least_squares
 from .errors import InvalidTensorError, UnsupportedLayerError
 
 __all__ = ["Balance", "LayerSystem", "ScaledSystem"]
 
+CLEAN = 1e-12  # relative noise up to which weight rows alone would do, and a preconditioner serves
+LIGHT = 0.05  # weight of the gradient rows beside it, of what would balance both sets
 BALANCE = 0.1  # of the mean eigenvalue, added before filters are made alike: noise stays below it
 
 
@@ -64,6 +69,7 @@ class LayerSystem:
     form are this project's.
     """
 
+    @checked
     def __init__(
         self,
         module: nn.Module,
@@ -213,6 +219,7 @@ class LayerSystem:
         max_iterations: int | None = None,
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
+        before: Solution | None = None,
     ) -> Solution:
         r""":math:`\hat x = \arg\min_x \lVert Wx - z + b\rVert^2 + w_k^2\lVert Kx - G\rVert^2`.
 
@@ -229,7 +236,7 @@ class LayerSystem:
             ``∂L/∂W``, likewise; several weights as
             :func:`~gradinv_edu.engine.layers.base.pack` joins them. None leaves the gradient
             constraints out.
-        noise, dense, generator, progress
+        noise, dense, generator, progress, before
             As for :func:`~gradinv_edu.engine.solve.least_squares`.
         max_iterations : int, optional
             Cap on each of its two iterations.
@@ -253,14 +260,20 @@ class LayerSystem:
         system = self
         if hasty:
             system = self.without(weight=outputs is None, gradient=weight_gradient is None)
+        options: dict[str, Any] = {"noise": noise, "generator": generator, "progress": progress}
+        made = None
+        plain = dense or max_iterations is not None or before is not None
+        if not plain and system.row_mask is None and noise <= CLEAN:
+            made = Bordered.of(_scaled(system))
+        if made is not None:
+            light = copy.copy(system)
+            light.gradient_scale = LIGHT * system.gradient_scale
+            rows = light.right_hand_side(outputs, weight_gradient)
+            return least_squares(ScaledSystem(light), rows, precondition=made, **options)
+        rows = system.right_hand_side(outputs, weight_gradient)
+        cap = max_iterations
         return least_squares(
-            ScaledSystem(system),
-            system.right_hand_side(outputs, weight_gradient),
-            noise=noise,
-            dense=dense,
-            cap=max_iterations,
-            generator=generator,
-            progress=progress,
+            ScaledSystem(system), rows, dense=dense, cap=cap, before=before, **options
         )
 
     def by_channel(
@@ -323,7 +336,7 @@ class Balance:
     Attributes
     ----------
     rows, gradient : Tensor or None
-        ``S`` and ``T``, ``(filters, filters)``, for weight and gradient rows.
+        ``S_W`` and ``S_k``, ``(filters, filters)``, for weight and gradient rows.
     """
 
     rows: Tensor | None = None
@@ -343,7 +356,7 @@ class Balance:
 
 
 class ScaledSystem:
-    r""":math:`A = \bigl(S W;\; w_k\, T K\bigr)`, masked: the map that is solved.
+    r""":math:`A = \bigl(S_W W;\; w_k\, S_k K\bigr)`, masked: the map that is solved.
 
     Implements :eq:`filter-balance`.
 
@@ -394,7 +407,7 @@ def _columns(rows: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 
 def _scaled(system: LayerSystem) -> LayerOperator:
-    """The operator with ``S W`` for ``W`` and ``w_k T k`` for ``k``: no cost per application."""
+    """The operator with ``S_W W`` for ``W``, ``w_k S_k k`` for ``k``: no cost per application."""
     op, k = system.operator, system.gradient_scale * system.k
     if isinstance(op, ConvolutionOperator):
         weight = _mix(system.balance.rows, op.weight, 0)

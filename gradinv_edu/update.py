@@ -152,3 +152,15 @@ class Update:
         for name, buffer in self.buffers.items():
             if name not in held or buffer.shape != held[name].shape:
                 raise InvalidTensorError(f"The model has no buffer {name!r} of {buffer.shape}.")
+
+
+def _is_update(update: object, name: str) -> None:
+    if not isinstance(update, Update):
+        raise InvalidTensorError(
+            f"{name} must be an Update, got {type(update).__name__}: gi.observe makes one, "
+            "Update.load reads one, and Update(gradients) is one of tensors by parameter names."
+        )
+
+
+checks.KINDS["Update"] = _is_update
+checks.KINDS["Update | Sequence[Update]"] = checks.each(_is_update)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradinv_edu as gi
+from benchmarks.campaign import _wide
 from gradinv_edu import batches
 from gradinv_edu.errors import (
     InconsistentGradientError,
@@ -121,6 +122,19 @@ def test_equal_rows_under_two_outputs_are_no_certificate(outputs: int) -> None:
         batches.isolated_samples(G, b, 10)
     with pytest.raises(NotRecoveredError, match="single output"):
         batches.recover_batch(G, b, 3)
+
+
+def test_two_photographs_under_two_classes_look_like_one_sample() -> None:
+    """Every row is on for both, and all ratios agree on a picture that neither is."""
+    pair = torch.cat([gi.data.photo(n, 32, torch.float64) for n in ("astronaut", "rocket")])
+    net = gi.models.mlp((3072, 50, 2), dtype=torch.float64)
+    nn.init.constant_(net[1].bias, 3.0)
+    G, b, *_ = gi.observe(net, LOSS, pair, torch.tensor([0, 0])).gradients.values()
+    ratios = G / b[:, None]
+    assert gi.metrics.relative_error(ratios[1:], ratios[:-1]) < 1e-12
+    assert min(gi.metrics.relative_error(ratios[0], p.flatten()) for p in pair) > 0.3
+    with pytest.raises(InconsistentGradientError, match=r"Under 2 output.* one proportion"):
+        batches.isolated_samples(G, b, outputs=2)
 
 
 @given(st.integers(1, 20), st.floats(0.02, 0.98))
@@ -404,3 +418,11 @@ def test_a_deficient_layer_is_solved_together_for_every_sample() -> None:
     update = gi.observe(model, LOSS, x, torch.tensor([2, 6]))
     both = gi.recover(model, update, (1, 16, 16), LOSS, batch_size=2)
     assert both.exact and gi.metrics.psnr(both.inputs, x) > 120
+
+
+def test_few_outputs_are_refused_without_weights() -> None:
+    """Two samples under one output: a mixture vanishes in more rows than they do (campaign)."""
+    x, _, _, g, outputs = _wide(100_004)
+    assert (len(x), outputs) == (2, 1)
+    with pytest.raises(NotRecoveredError, match=r"Under 1 output.s. mixtures of 2 samples"):
+        batches.recover_batch(g["0.weight"], g["0.bias"], 2, outputs=1)

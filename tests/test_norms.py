@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
-from nets import LOSS, Shape, Verdicts, _Draw, verdicts
 from torch import Tensor, nn
 
 import gradinv_edu as gi
+from benchmarks.random_nets import LOSS, Shape, Verdicts, _Draw, verdicts
 from gradinv_edu import errors
 from gradinv_edu.engine.hidden import Hidden, constants
 from gradinv_edu.engine.hidden import fitted as factors

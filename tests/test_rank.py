@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import random_net, verdicts
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import gradinv_edu as gi
+from benchmarks.random_nets import random_net, verdicts
 from gradinv_edu import errors, rank
 from gradinv_edu.engine import evidence, jacobian, leak, segment
 from gradinv_edu.engine.auditing import Auditing
@@ -84,7 +84,7 @@ SEEDS = [*range(32), 154, 155, 287, 330, 377, 387, 423]
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_audit_and_recovery_agree(seed: int) -> None:
-    """Over every kind of layer; ``python tests/nets.py 500`` counts more of them."""
+    """Over every kind of layer; ``python -m benchmarks campaign`` counts more of them."""
     seen = verdicts(*random_net(seed), seed)
     known = ("the loss leaves twins or a scale", "each draws its own dropout mask")
     assert seen.agree or seen.outcome in known, seen
@@ -298,6 +298,36 @@ def test_leak_map_of_a_stride_that_skips_pixels() -> None:
         seen = torch.zeros(3, 8, 8, dtype=torch.float64)
         seen[:, ::2, ::2] = 1
         assert torch.allclose(found, seen, atol=1e-6)
+
+
+def test_the_noise_floor_is_the_inverse_informations_diagonal() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.rand(1, 1, 2, 3).double(), torch.tensor([1])
+
+    def gradient(x: Tensor) -> Tensor:
+        parts = torch.autograd.grad(CE(model(x), y), list(model.parameters()), create_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    J = torch.autograd.functional.jacobian(gradient, x).reshape(-1, 6)
+    for sigma, prior in ((1e-3, float("inf")), (0.1, 0.25)):
+        found = rank.noise_floor(model, x, sigma, loss=CE, targets=y, prior=prior)
+        information = J.T @ J / sigma**2 + torch.eye(6).double() / prior**2
+        truth = torch.linalg.inv(information).diagonal().sqrt()
+        torch.testing.assert_close(found.flatten(), truth, rtol=1e-6, atol=0)
+        assert float(found.max()) <= prior
+
+
+def test_pixels_that_nothing_tells_have_no_floor_but_the_priors() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    x = torch.rand(1, 1, 4, 4)
+    bare = rank.noise_floor(model, x, 1e-3)[0]
+    told = rank.noise_floor(model, x, 1e-3, prior=0.25)[0]
+    assert bool(bare[::2, ::2].isfinite().all()) and int(bare.isinf().sum()) == 12
+    assert torch.allclose(told[1::2], torch.tensor(0.25).double())
+    assert float(told[::2, ::2].max()) < 0.2
+    with pytest.raises(errors.InvalidArgumentError, match="sigma is a positive number"):
+        rank.noise_floor(model, x, 0.0)
 
 
 def test_leak_map_of_a_residual_network() -> None:
@@ -627,3 +657,9 @@ def test_refusals(case: int) -> None:
     call, kind, message = REFUSALS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_jacobian_of_hard_sigmoids() -> None:
+    """torch does not differentiate their gradient; the same function of other parts it does."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid(), nn.Linear(6, 3)).double()
+    assert rank.jacobian_rank(net, (4,)).rank == 4

@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
-from .. import fully_connected
+from .. import checks, fully_connected
 from ..errors import DoesNotApplyError, InvalidArgumentError, UnknownNameError
 from ..sharing import Update
 from . import aware
@@ -37,15 +38,30 @@ class Attacker:
         Whether it knows of the defense.
     promises : bool
         Whether it can be sure of an answer at all; a search never is.
+    searches : bool
+        Whether it descends step by step, and so costs what its steps cost.
     """
 
     name: str
     attack: Attack
     aware: bool
     promises: bool
+    searches: bool = False
 
     def __call__(self, received: Received) -> Answer:
-        """Attack; typed errors say that there is no answer, or that the attack does not apply."""
+        """Attack; typed errors say that there is no answer, or that the attack does not apply.
+
+        Raises
+        ------
+        InvalidTensorError
+            If update or picture do not fit the model.
+        """
+        received.update.check(received.model)
+        model, shape = copy.deepcopy(received.model).eval(), (1, *received.input_shape)
+        like = next(model.parameters())
+        unfit = checks.fitting(f"The model does not take pictures of shape {shape[1:]}")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unfit:  # some models draw
+            model(torch.zeros(shape, dtype=like.dtype, device=like.device))
         return self.attack(received)
 
 
@@ -54,7 +70,12 @@ OWN: dict[str, Attacker] = {}  # of a client on its own update, whose samples an
 
 
 def register(
-    name: str, *, aware: bool = False, promises: bool = False, own: bool = False
+    name: str,
+    *,
+    aware: bool = False,
+    promises: bool = False,
+    searches: bool = False,
+    own: bool = False,
 ) -> Callable[[Attack], Attack]:
     """Put the decorated function into the table, as an attacker of this name.
 
@@ -62,7 +83,7 @@ def register(
     ----------
     name : str
         As it is printed.
-    aware, promises : bool
+    aware, promises, searches : bool
         As in :class:`Attacker`.
     own : bool
         Whether it is a client's, on its own update (the guard of a federation).
@@ -77,7 +98,7 @@ def register(
         raise InvalidArgumentError(f"There is an attacker {name!r} already.")
 
     def add(attack: Attack) -> Attack:
-        table[name] = Attacker(name, attack, aware, promises)
+        table[name] = Attacker(name, attack, aware, promises, searches)
         return attack
 
     return add
@@ -116,17 +137,17 @@ def walk(received: Received) -> Answer:
     return recover(replace(received, model=model, update=Update(plain)), walk=FromAbove)
 
 
-@register("DLG")
+@register("DLG", searches=True)
 def dlg(received: Received) -> Answer:
     """Deep Leakage from Gradients: L-BFGS, the label guessed along."""
     return match(received, "dlg", steps=received.steps // 20, naive=True)
 
 
-@register("cosine + TV")
+@register("cosine + TV", searches=True)
 def cosine(received: Received) -> Answer:
     """Inverting Gradients: signed Adam on the cosine, with total variation."""
     return match(received, "inverting_gradients", naive=True)
 
 
 register("aware algebra", aware=True, promises=True)(aware.algebra)
-register("aware search", aware=True)(aware.search)
+register("aware search", aware=True, searches=True)(aware.search)

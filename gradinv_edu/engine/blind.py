@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from .. import checks
+from ..checks import checked
 from .layers.convolution import Conv, Convolution, places
 from .solve import Solution, draw
 
@@ -35,6 +38,7 @@ class Blind:
     k: Tensor
 
 
+@checked
 def possible(conv: Conv, input_shape: tuple[int, ...]) -> bool:
     """Whether a convolution has as many filters and channels as positions, and keeps their number.
 
@@ -45,14 +49,16 @@ def possible(conv: Conv, input_shape: tuple[int, ...]) -> bool:
     input_shape : tuple of int
         Of one input, ``(channels, *positions)``.
     """
+    places(conv, input_shape)  # refuses a shape that the convolution does not take
     least = min(conv.out_channels, conv.in_channels) // conv.groups
     return math.prod(input_shape[1:]) <= least and Convolution(conv).shifts(input_shape[1:])
 
 
+@checked
 def solve(
     conv: Conv,
-    weight_gradient: Tensor,
-    total: Tensor,
+    weight_gradient: Float[Tensor, "F C ..."],
+    total: Float[Tensor, " F"],
     input_shape: tuple[int, ...],
     *,
     noise: float = 0.0,
@@ -91,15 +97,20 @@ def solve(
     Source: this project's.
     """
     index, pixels = places(conv, input_shape)
+    checks.fits(weight_gradient, "weight_gradient", conv.weight.shape)
+    checks.fits(total, "total", (conv.out_channels,))
     filters, channels = conv.out_channels // conv.groups, conv.in_channels // conv.groups
-    taps = weight_gradient.reshape(conv.groups, filters, channels, -1)
+    size = float(weight_gradient.abs().max())
+    if size == 0:
+        return None
+    taps = (weight_gradient / size).reshape(conv.groups, filters, channels, -1)
     parts = []
-    for group, own in zip(taps, total.reshape(conv.groups, filters), strict=True):
+    for group, own in zip(taps, (total / size).reshape(conv.groups, filters), strict=True):
         part = _factors(group.permute(2, 0, 1), own, _shifts(index, pixels, group), noise)
         if part is None:
             return None
         parts.append(part)
-    k = torch.cat([part.k for part in parts]).reshape(1, conv.out_channels, *input_shape[1:])
+    k = size * torch.cat([part.k for part in parts]).reshape(1, conv.out_channels, *input_shape[1:])
     x = torch.cat([part.a for part in parts]).reshape(1, *input_shape)
     worst = min(part.smallest for part in parts)
     residual = max(part.residual for part in parts)

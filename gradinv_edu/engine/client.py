@@ -36,6 +36,7 @@ __all__ = [
     "read",
     "returned",
     "sent",
+    "similar_rows",
     "tensors",
 ]
 
@@ -185,6 +186,30 @@ def _answer(weights: Weights, samples: int, older: bool) -> RecordDict:
             "fitres.status": ConfigRecord({"code": 0, "message": ""}),
         }
     )
+
+
+# --- what a client can see and try -----------------------------------------------------------
+
+
+def similar_rows(weights: Mapping[str, Tensor]) -> float:
+    r""":math:`\tfrac1m \#\{i : \max_{j \ne i} |\cos(w_i, w_j)| > 0.999\}` of the first layer.
+
+    Rows that are drawn or learned point in different directions; a server that sorts the samples
+    of a batch into bins needs many that point in one.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        A state dictionary; the first tensor with two dimensions or more counts.
+
+    Notes
+    -----
+    Source: Fowl et al. (2022) for the bins.
+    """
+    matrix = next((w for w in weights.values() if w.dim() > 1), torch.zeros(1, 1))
+    rows = torch.nn.functional.normalize(matrix.double().flatten(1), dim=1)
+    cosines = (rows @ rows.T).abs().fill_diagonal_(0)
+    return float((cosines > 0.999).any(1).double().mean())
 
 
 # --- attacks on the client's own update -------------------------------------------------------

@@ -316,7 +316,7 @@ class Edges:
         if rows < math.prod(shape):
             return None
 
-        def solve(k: Tensor) -> tuple[LayerSystem, Solution]:
+        def solve(k: Tensor, before: Solution | None = None) -> tuple[LayerSystem, Solution]:
             mask = None if above is None else above[1].to(k.dtype)
             system = LayerSystem(module, k, shape, mask)
             solution = system.solve(None, G, noise=self.noise)
@@ -327,7 +327,7 @@ class Edges:
                     or solution
                 )
             if not solution.full_rank and above is not None and part is None:
-                solution = system.solve(above[0], G, noise=self.noise)
+                solution = system.solve(above[0], G, noise=self.noise, before=before)
             return system, solution
 
         turn = self.turns.get(place + 1)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> list[Step]:
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     reader = _Reader(double, tuple(input_shape))
-    tracer = fx.Tracer()
+    tracer = _Tracer()
     if tracer.is_leaf_module(double, ""):
         reader.end(reader.layer("", double, [reader.input]))
     else:
@@ -131,9 +132,27 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> list[Step]:
     return reader.steps()
 
 
+class _Tracer(fx.Tracer):
+    """One for each thread: while it traces, torch.fx sees the calls of every module anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Leave the calls of other threads as they are."""
+        if get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+_ALONE = Lock()  # torch.fx changes nn.Module itself for as long as it traces
+
+
 def _graph(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
     try:
-        return tracer.trace(model)
+        with _ALONE:
+            return tracer.trace(model)
     except Exception as error:  # a forward pass may raise anything on what stands for a tensor
         raise UnsupportedLayerError(
             f"torch.fx cannot trace the forward pass of {type(model).__name__}: {error}. "

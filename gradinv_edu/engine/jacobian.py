@@ -51,6 +51,8 @@ class WholeGradient:
         for module in self.model.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]
+            if type(module) is nn.Hardsigmoid:  # torch has no second derivative of its own
+                module.forward = lambda z: nn.functional.relu6(z + 3) / 6  # type: ignore[assignment]
         self.weights = {n: p.detach() for n, p in self.model.named_parameters()}
         if not self.weights:
             raise UnsupportedLayerError("The model has no parameters, so it sends no gradient.")
@@ -72,7 +74,7 @@ class WholeGradient:
     def rows(self, progress: Progress | None = None) -> Tensor:
         """The Jacobian where it is small; else as many random combinations of rows as have rank."""
         if self.written:
-            return self._columns().T
+            return self.columns().T
         n, rows, wanted = self.x.numel(), self.x.new_zeros(0, self.x.numel()), 64
         while True:
             rows = torch.cat([rows, self._combinations(min(wanted, n + 8) - len(rows))])
@@ -82,12 +84,13 @@ class WholeGradient:
                 return rows
             wanted *= 2
 
-    def _columns(self) -> Tensor:
-        """Forward over reverse, in batches."""
+    def columns(self, weighted: bool = True) -> Tensor:
+        """The Jacobian itself, a row for each entry of the input: forward over reverse."""
 
         def gradient(x: Tensor) -> Tensor:
             found = grad(self.value)(self.weights, x)
-            return torch.cat([g.flatten() * self.scale[n] for n, g in found.items()])
+            scale = self.scale if weighted else dict.fromkeys(self.scale, 1.0)
+            return torch.cat([g.flatten() * scale[n] for n, g in found.items()])
 
         def push(tangent: Tensor) -> Tensor:
             column: Tensor = jvp(gradient, (self.x,), (tangent.reshape(self.x.shape),))[1]

@@ -127,7 +127,7 @@ def settle(
     solution: Solution,
     weight_gradient: Tensor,
     turn: Tensor,
-    solve: Callable[[Tensor], tuple[LayerSystem, Solution]],
+    solve: Callable[[Tensor, Solution], tuple[LayerSystem, Solution]],
 ) -> tuple[LayerSystem, Solution, int]:
     r""":math:`K(k + t_j) = K(k) + e_j`, as long as turns explain what is left.
 
@@ -142,7 +142,8 @@ def settle(
     weight_gradient, turn : Tensor
         As for :func:`misread`.
     solve : callable
-        From another output gradient ``k`` to the system and its solution.
+        From another output gradient ``k``, and the solution before, to the system and its
+        solution.
 
     Returns
     -------
@@ -160,7 +161,7 @@ def settle(
         found = misread(system, solution.x, weight_gradient, turn)
         if not bool(found.any()):
             break
-        turned, again = solve(system.k + turn * found)
+        turned, again = solve(system.k + turn * found, solution)
         if not again.full_rank or again.residual > GAIN * solution.residual:
             break
         system, solution, turn = turned, again, torch.where(found, -turn, turn)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 UPDATE = 0.03  # share of its last peak at which a residual is computed anew, in float64
+RARE = 1e-3  # the same where a preconditioner makes steps few, and each new residual dear
 STEPS_WITHOUT_GAIN = 1000  # at least; then the iteration has lost its way to rounding
 STEPS_A_DIGIT = 600  # that float32 may take; slower, float64 keeps its conjugacy better
 DYE_LEFT = 1e-3  # of the one that a single open direction keeps, on average, of a random start
@@ -19,9 +20,19 @@ ARRIVED = 4.0  # times the target: a renewed residual that the recurrence puts b
 INVISIBLE = 2e-15  # share of what AᵀA makes of a dye that rounding hides: from here on, open
 
 Progress = Callable[[int, float], None]
+Precondition = Callable[[Tensor], Tensor]
 
 
-__all__ = ["LinearMap", "Progress", "Rows", "Run", "cgls", "open_share", "ritz_values"]
+__all__ = [
+    "LinearMap",
+    "Precondition",
+    "Progress",
+    "Rows",
+    "Run",
+    "cgls",
+    "open_share",
+    "ritz_values",
+]
 
 
 @dataclass
@@ -107,8 +118,9 @@ def cgls(
     start: Tensor | None = None,
     enough: Callable[[Tensor], bool] | None = None,
     progress: Progress | None = None,
+    precondition: Precondition | None = None,
 ) -> Run:
-    r""":math:`A^\top A\,x = A^\top b` by conjugate gradients.
+    r""":math:`A^\top A\,x = A^\top h` by conjugate gradients.
 
     ``AᵀA`` is never formed. With ``fast``, the same map in float32, every step is taken in
     float32, and each time the residual has lost a digit it is computed anew in float64 while
@@ -121,7 +133,7 @@ def cgls(
     exact : LinearMap
         ``A`` and its adjoint in float64.
     b : Rows
-        Right-hand side, float64.
+        Right-hand side ``h``, float64.
     target : float
         Norm of ``Aᵀ(b − A x)`` at which to stop.
     cap : int
@@ -134,6 +146,9 @@ def cgls(
         Asked at each renewed residual whether ``x`` will do.
     progress : callable, optional
         Called with iterations done and the residual's norm relative to the first.
+    precondition : callable, optional
+        ``M⁻¹``, symmetric and positive definite, near ``(AᵀA)⁻¹``. Where it turns out not to be,
+        the iteration ends there, without having converged.
 
     Returns
     -------
@@ -148,7 +163,7 @@ def cgls(
     first = run.norm or 1.0
     told = None if progress is None else lambda n, norm: progress(n, norm / first)
     for system in (exact,) if fast is None else (fast, exact):
-        sweep = _Sweep(exact, system, b, run, target, cap, told, enough)
+        sweep = _Sweep(exact, system, b, run, target, cap, told, enough, precondition)
         if sweep.go():
             break
     return run
@@ -166,6 +181,13 @@ def squared_norm(x: Tensor) -> float:
     return norm * norm
 
 
+def _inner(s: Tensor, z: Tensor) -> float:
+    """Inner product, added up in float64 where the two are one."""
+    if s is z:
+        return squared_norm(s)
+    return float(s.flatten().double() @ z.flatten().double())
+
+
 class _Sweep:
     """Conjugate gradients in one precision, from where ``run`` stands."""
 
@@ -179,7 +201,9 @@ class _Sweep:
         cap: int,
         progress: Progress | None,
         enough: Callable[[Tensor], bool] | None,
+        precondition: Precondition | None = None,
     ) -> None:
+        self.precondition = precondition
         self.exact, self.system, self.b, self.run = exact, system, b, run
         self.target, self.cap, self.progress, self.enough = target, cap, progress, enough
         self.alphas: list[float] = []
@@ -196,13 +220,16 @@ class _Sweep:
             self.run.converged = True
             return True
         s = self._renew(self.run.unexplained)
-        p, self.d = s.clone(), torch.zeros_like(s)
-        gamma = peak = least = squared_norm(s)
-        length, since, count, renewed = gamma, 0, 0, 0
+        z = self._preconditioned(s)
+        p, self.d = z.clone(), torch.zeros_like(s)
+        gamma, size = _inner(s, z), squared_norm(s)
+        peak = least = size
+        since, count, renewed = 0, 0, 0
+        length = squared_norm(p)
         while self.run.iterations < self.cap:
             q = self.system.forward(p)
             curvature = q.squared_norm()
-            if curvature <= 0 or not math.isfinite(curvature):
+            if min(curvature, gamma) <= 0 or not math.isfinite(curvature):
                 return self._update(0.0) or self.system is self.exact
             alpha = gamma / curvature
             self.gain = max(self.gain, curvature / length)
@@ -210,36 +237,45 @@ class _Sweep:
             self.r.minus(q, alpha)
             self.rest = max(self.rest - alpha * gamma, 0.0)
             s = self.system.adjoint(self.r)
-            gamma, previous = squared_norm(s), gamma
+            z, size = self._preconditioned(s), squared_norm(s)
+            gamma, previous = _inner(s, z), gamma
             count += 1
-            self._note(alpha, gamma / previous, gamma)
-            peak = max(peak, gamma)
-            least, since = (gamma, count) if gamma < least else (least, since)
-            lost = count > STEPS_WITHOUT_GAIN + 3 * since or gamma <= self._rounding()
+            self._note(alpha, gamma / previous, size)
+            peak = max(peak, size)
+            least, since = (size, count) if size < least else (least, since)
+            lost = count > STEPS_WITHOUT_GAIN + 3 * since or size <= self._rounding()
             lost = lost or (self.system is not self.exact and count - renewed > STEPS_A_DIGIT)
-            if lost or gamma <= UPDATE**2 * peak or self.scale * math.sqrt(gamma) <= self.target:
-                if self._update(self.scale * math.sqrt(gamma)):
+            if lost or size <= self.digit**2 * peak or self.scale * math.sqrt(size) <= self.target:
+                if self._update(self.scale * math.sqrt(size)):
                     return True
                 if lost or self.stalled:
                     return self.system is self.exact
                 s, renewed = self._renew(self.fresh), count
-                gamma = peak = squared_norm(s)
+                z, peak = self._preconditioned(s), squared_norm(s)
+                gamma = _inner(s, z)
                 self.betas[-1] = gamma / previous
             beta = self.betas[-1]
-            length = gamma + beta**2 * length
-            p.mul_(beta).add_(s)
+            p.mul_(beta).add_(z)
+            length = gamma + beta**2 * length if self.precondition is None else squared_norm(p)
         self._update(0.0)
         return True
+
+    @property
+    def digit(self) -> float:
+        return UPDATE if self.precondition is None else RARE
+
+    def _preconditioned(self, s: Tensor) -> Tensor:
+        return s if self.precondition is None else self.precondition(s)
 
     def _rounding(self) -> float:
         return self.floor * self.gain * self.rest
 
-    def _note(self, alpha: float, beta: float, gamma: float) -> None:
+    def _note(self, alpha: float, beta: float, size: float) -> None:
         self.alphas.append(alpha)
         self.betas.append(beta)
         self.run.iterations += 1
         if self.progress is not None:
-            self.progress(self.run.iterations, self.scale * math.sqrt(gamma))
+            self.progress(self.run.iterations, self.scale * math.sqrt(size))
 
     def _renew(self, r: Rows) -> Tensor:
         self.r = r.to(self.system.dtype, 1 / self.scale)
@@ -276,12 +312,14 @@ def open_share(
     *,
     fast: LinearMap | None = None,
     progress: Progress | None = None,
+    precondition: Precondition | None = None,
 ) -> tuple[float, Run]:
     r""":math:`\lVert P_{\ker A}\,c \rVert^2 / \lVert c \rVert^2`, from a random ``c``.
 
     The iteration solves ``A x = 0`` from a start of random colour, a **dye**: each step moves
     only where the equations speak, so exactly the part of the start that they do not see is
-    left at the end. A single open direction keeps a standard normal share of the start.
+    left at the end. A single open direction keeps a standard normal share of the start; with a
+    preconditioner at least that much, ``nᵀMc/nᵀMn``, for the part is then taken obliquely.
     Implements :eq:`dye`.
 
     Parameters
@@ -294,7 +332,7 @@ def open_share(
         Most iterations.
     fast : LinearMap, optional
         ``A`` in float32.
-    progress : callable, optional
+    progress, precondition : callable, optional
         As in :func:`cgls`.
 
     Returns
@@ -315,6 +353,7 @@ def open_share(
         start=start,
         enough=lambda x: squared_norm(x) < DYE_LEFT**2,
         progress=progress,
+        precondition=precondition,
     )
     left = squared_norm(run.x)
     return (0.0 if left < DYE_LEFT**2 else left / squared_norm(start)), run

@@ -1,4 +1,4 @@
-"""The leak map: what part of each pixel the equations determine."""
+"""The leak map, what part of each pixel the equations determine, and the floor under its error."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import UnsupportedLayerError
+from ..checks import checked
+from ..errors import InvalidArgumentError, UnsupportedLayerError
 from ..systems import LayerSystem, ScaledSystem
 from .auditing import Auditing
 from .evidence import system_matrix
 from .jacobian import GAP, WholeGradient, forked_randomness
 from .krylov import cgls, squared_norm
-from .sample import Shape, begin, checked_shape, sample, seeded, usable
+from .sample import Shape, begin, sample, seeded
 from .solve import TOLERANCE, draw
 from .walk import Group, State
 
-__all__ = ["leak_map", "system_leak_map"]
+__all__ = ["leak_map", "noise_floor", "system_leak_map"]
 
 EXACT_MAP = 1024  # unknowns up to which a leak map is exact
 PROJECTED, PROJECTIONS = 1e-5, 500  # relative residual of a probe's projection, and most steps
 
 
+@checked
 def leak_map(
     model: nn.Module,
     input_shape: Shape,
@@ -70,14 +72,71 @@ def leak_map(
         If ``probes`` is less than 1.
     """
     checks.whole(probes, "probes")
-    shape, generator = checked_shape(input_shape), seeded(generator)
-    usable(model)
+    shape, generator = tuple(input_shape), seeded(generator)
     with forked_randomness():
         x = sample(shape, inputs, generator)
         if whole:
             rows = WholeGradient(model, x, None, None, generator).rows()
             return _projected(rows, GAP).reshape(shape)
         return system_leak_map(_first_system(model, x, generator), probes, generator)
+
+
+@checked
+def noise_floor(
+    model: nn.Module,
+    inputs: Tensor,
+    sigma: float,
+    *,
+    loss: nn.Module | None = None,
+    targets: Tensor | None = None,
+    prior: float = math.inf,
+) -> Tensor:
+    r""":math:`\sqrt{\operatorname{diag}(J^\top J/\sigma^2 + I/\tau^2)^{-1}}`, a floor of errors.
+
+    ``J`` is the derivative of the whole gradient by the input. Where Gaussian noise of standard
+    deviation σ was added to each entry of the gradient, no unbiased estimate of a pixel has a
+    smaller standard deviation (Cramér and Rao). With a Gaussian ``prior`` τ on each pixel, the
+    floor holds for every estimate on the average over pictures, as far as one ``J`` stands for
+    them all (van Trees). Implements :eq:`noise-floor`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Evaluated on a float64 copy in eval mode.
+    inputs : Tensor
+        ``(1, *input_shape)``: at which picture.
+    sigma : float
+        σ, in units of the gradient.
+    loss, targets
+        As for :func:`~gradinv_edu.rank.jacobian_rank`.
+    prior : float
+        τ, in units of the picture; by default there is none.
+
+    Returns
+    -------
+    Tensor
+        ``input_shape``, float64, in units of the picture; infinite where ``J`` lacks rank and
+        there is no prior.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If σ or τ is not positive.
+    """
+    for name, value in (("sigma", sigma), ("prior", prior)):
+        if not isinstance(value, int | float) or not value > 0:
+            raise InvalidArgumentError(f"{name} is a positive number; got {value!r}.")
+    shape = tuple(inputs.shape[1:])
+    with forked_randomness():
+        x = sample(shape, inputs, seeded(None))
+        J = WholeGradient(model, x, loss, targets, seeded(None)).columns(weighted=False).T
+    values, V = torch.linalg.svd(J, full_matrices=len(J) < J.shape[1])[1:]
+    told = J.new_zeros(J.shape[1])
+    told[: len(values)] = torch.where(values > GAP * values.max(), values, 0.0) / sigma
+    part = torch.where(V.abs() > GAP, V, 0.0).square()
+    variances = part / (told.square() + prior**-2)[:, None]
+    spread: Tensor = variances.nan_to_num(0.0, math.inf).sum(dim=0)  # 0/0: no part in what is open
+    return spread.sqrt().reshape(shape)
 
 
 def system_leak_map(

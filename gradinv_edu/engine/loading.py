@@ -25,7 +25,7 @@ from ..errors import (
 
 __all__ = ["load_model", "load_weights", "told"]
 
-NETS = ("cnn6", "cnn6_d", "lenet", "photo_cnn", "resnet", "wide_cnn")
+NETS = ("cnn6", "cnn6_d", "lenet", "lenet_dlg", "photo_cnn", "resnet", "wide_cnn")
 
 
 def load_model(name: str, input_shape: tuple[int, ...] = ()) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,7 @@ class Factors:
 def rank_one(
     weight_gradient: Float[Tensor, " m n"], bias_gradient: Float[Tensor, " m"] | None = None
 ) -> RankOne:
-    r""":math:`G = \sigma_1 u v^\top + \dots`: one sample's weight gradient ``k xᵀ`` has rank one.
+    r""":math:`G = d\,u v^\top + \dots`: one sample's weight gradient ``k xᵀ`` has rank one.
 
     Gives the direction of ``x`` (and of ``k``), not its scale or sign. Implements
     :eq:`rank-one-gradient`.
@@ -89,10 +90,13 @@ def rank_one(
     blocks = [weight_gradient]
     if bias_gradient is not None:
         blocks.append(bias_gradient[:, None])
-    u, value, v = leading_triple(*blocks)
+    tamed, scale = _tamed(blocks)
+    u, value, v = leading_triple(*tamed)
     parts = torch.split(value * v, [block.shape[1] for block in blocks])
-    rest = math.hypot(*(_rest(block, u, part) for block, part in zip(blocks, parts, strict=True)))
-    return RankOne(u, value, v, rest / math.hypot(*(float(block.norm()) for block in blocks)))
+    rest = math.hypot(*(_rest(block, u, part) for block, part in zip(tamed, parts, strict=True)))
+    return RankOne(
+        u, scale * value, v, rest / math.hypot(*(float(block.norm()) for block in tamed))
+    )
 
 
 def _rest(G: Tensor, u: Tensor, v: Tensor) -> float:
@@ -102,8 +106,15 @@ def _rest(G: Tensor, u: Tensor, v: Tensor) -> float:
     return math.hypot(*(float(torch.addr(g, part, v, alpha=-1).norm()) for g, part in parts))
 
 
+def _tamed(blocks: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+    """Blocks whose entries can be squared, and what they were divided by for that."""
+    size = max(abs(float(end)) for block in blocks for end in torch.aminmax(block))
+    scale = 1.0 if EXTREME < size * size < 1 / EXTREME else size
+    return (blocks if scale == 1.0 else [block / scale for block in blocks]), scale
+
+
 def leading_triple(*blocks: Tensor) -> tuple[Tensor, float, Tensor]:
-    r""":math:`\sigma_1, u, v` of the blocks side by side, each entry of v relative to its size.
+    r""":math:`d, u, v` of the blocks side by side, each entry of v relative to its size.
 
     Power iteration settles at once where the rank is nearly one; elsewhere the SVD decides.
 
@@ -116,9 +127,7 @@ def leading_triple(*blocks: Tensor) -> tuple[Tensor, float, Tensor]:
     -------
     u, value, v : Tensor, float, Tensor
     """
-    size = max(abs(float(end)) for block in blocks for end in torch.aminmax(block))
-    scale = 1.0 if EXTREME < size * size < 1 / EXTREME else size
-    G = blocks if scale == 1.0 else [block / scale for block in blocks]  # squares would vanish
+    G, scale = _tamed(blocks)
     row = int(torch.stack([block.norm(dim=1) for block in G]).norm(dim=0).argmax())
     parts, before = [block[row] for block in G], None
     for _ in range(POWER_STEPS):

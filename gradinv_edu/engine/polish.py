@@ -65,7 +65,11 @@ class Polish:
 
 
 def gradient_of(
-    steps: Sequence[Step], kept: Mapping[str, Tensor], loss: nn.Module, target: Tensor
+    steps: Sequence[Step],
+    kept: Mapping[str, Tensor],
+    loss: nn.Module,
+    target: Tensor,
+    ties: float = 0.0,
 ) -> GradientAt:
     r""":math:`x \mapsto \partial L(f(x), y)/\partial\theta`, which can be differentiated again.
 
@@ -79,6 +83,9 @@ def gradient_of(
         The client's.
     target : Tensor
         Recovered label.
+    ties : float
+        Relative size below which an entry is zero, and a difference in a pooling's window none:
+        in a black or even patch of a picture rounding must not switch a unit on, or another on.
 
     Returns
     -------
@@ -99,6 +106,9 @@ def gradient_of(
                 if step.name in kept:
                     y = y * kept[step.name]
                 else:
+                    if ties and (step.rule.kinked or step.rule.pools):
+                        grid = ties * float(y.detach().abs().max())
+                        y = y + ((y / grid).round() * grid - y).detach()
                     # a norm in train mode changes its running statistics: those of a copy
                     held = {name: b.clone() for name, b in step.module.named_buffers()}
                     own = held | {name: leaves[known] for name, known in step.parameters()}

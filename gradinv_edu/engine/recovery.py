@@ -77,11 +77,16 @@ class Recovering(Walk):
         """Whether every layer so far was determined."""
         return all(report.full_rank for report in self.reports)
 
-    @property
-    def determined(self) -> bool:
-        """Whether every layer was determined, and consistent within the gradient's precision."""
+    def determined(self, mismatch: float = math.inf) -> bool:
+        """Whether every layer was determined, and consistent within the gradient's precision.
+
+        Where the answer explains the whole gradient better, up to ``mismatch``, than one layer's
+        equations were explained on the way, that layer's error is as much smaller, too.
+        """
         return self.full_rank and all(
-            r.residual <= self.consistent and r.error <= self.accurate and not r.unsettled
+            r.residual <= self.consistent
+            and r.error * (mismatch / r.residual if mismatch < r.residual else 1) <= self.accurate
+            and not r.unsettled
             for r in self.reports
         )
 
@@ -131,7 +136,7 @@ class Recovering(Walk):
             state = state.chosen(sides)
         weighted = bool(weight_names(module))
 
-        def solve(k: Tensor) -> tuple[LayerSystem, Solution]:
+        def solve(k: Tensor, before: Solution | None = None) -> tuple[LayerSystem, Solution]:
             system = LayerSystem(module, k, group.input_shape, state.weight)
             system = system.without(gradient=True) if weighted and gradient is None else system
             with bar(group.name, self.progress) as progress:
@@ -141,6 +146,7 @@ class Recovering(Walk):
                     noise=self.eps,
                     generator=self.generator,
                     progress=progress,
+                    before=before,
                 )
             return system, solution
 
@@ -196,7 +202,7 @@ class Recovering(Walk):
         solution: Solution,
         gradient: Tensor,
         turn: Tensor,
-        solve: Callable[[Tensor], tuple[LayerSystem, Solution]],
+        solve: Callable[[Tensor, Solution], tuple[LayerSystem, Solution]],
     ) -> tuple[LayerSystem, Solution, int]:
         """Turn the units above that the layer's own gradient shows on the other side."""
         return kinks.settle(system, solution, gradient, turn, solve)

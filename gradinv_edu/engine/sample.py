@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
+from ..errors import UnsupportedLayerError
 from . import losses
 from .auditing import Auditing, sample_pass
 from .graph import trace
@@ -16,7 +14,7 @@ from .solve import draw
 from .verdicts import Stop
 from .walk import Group, head_of, lowest_dense
 
-__all__ = ["begin", "checked_shape", "sample", "seeded", "usable"]
+__all__ = ["begin", "sample", "seeded"]
 
 Shape = tuple[int, ...]
 
@@ -64,32 +62,6 @@ def _output_gradient(outputs: Tensor, generator: torch.Generator) -> Tensor:
 def seeded(generator: torch.Generator | None) -> torch.Generator:
     """Return the generator, or a fixed one."""
     return generator or torch.Generator().manual_seed(20200913)
-
-
-def checked_shape(input_shape: Shape) -> Shape:
-    """Shape of one sample as a tuple; InvalidArgumentError if it cannot be one."""
-    listed = isinstance(input_shape, Sequence) and len(input_shape) > 0
-    if not listed or not all(type(s) is int and s > 0 for s in input_shape):
-        raise InvalidArgumentError(
-            f"input_shape is the shape of one sample, positive whole numbers such as (3, 32, 32); "
-            f"got {input_shape!r}."
-        )
-    return tuple(input_shape)
-
-
-def usable(model: nn.Module) -> None:
-    """Refuse what is no module, and parameters that are not finite, real numbers."""
-    if not isinstance(model, nn.Module):
-        raise InvalidArgumentError(f"model is a torch.nn.Module, not {type(model).__name__}.")
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.UninitializedParameter):
-            raise UnsupportedLayerError(
-                f"{name} is not initialised yet: call the model once, so that it takes shape."
-            )
-        if not p.is_floating_point():
-            raise InvalidTensorError(f"The parameter {name} has dtype {p.dtype}, not a real one.")
-        if not bool(torch.isfinite(p).all()):
-            raise InvalidTensorError(f"The parameter {name} has NaN or infinite entries.")
 
 
 def sample(shape: Shape, inputs: Tensor | None, generator: torch.Generator) -> Tensor:

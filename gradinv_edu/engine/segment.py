@@ -15,7 +15,7 @@ from .krylov import LinearMap, Progress, Rows, cgls, squared_norm
 from .layers import Rule
 from .solve import ROUNDING, Operator, Solution, extreme_directions, least_squares, rank_test
 
-__all__ = ["LARGEST", "Floor", "Segment", "solve", "spare_equations"]
+__all__ = ["LARGEST", "Floor", "Segment", "solve", "spare_equations", "within_reach"]
 
 ROUNDS = 60
 DENSE = 6144  # unknowns up to which the system is written out as a matrix
@@ -169,6 +169,20 @@ def spare_equations(floors: Sequence[Floor], missing: int) -> int:
     for floor in floors:
         spare += floor.weights.out.numel() - floor.unknowns
     return spare
+
+
+def within_reach(unknowns: int, spare: int) -> bool:
+    r""":math:`\kappa = (\sqrt{\rho} + 1)/(\sqrt{\rho} - 1)` for ``ρ`` equations an unknown.
+
+    The condition of a random matrix of that shape (Marchenko and Pastur), which convolutions come
+    near: whether conjugate gradients could be done within their steps. A matrix that is written
+    out needs one equation for each unknown, no more.
+    """
+    if spare < 0 or unknowns <= DENSE:
+        return spare >= 0
+    root = math.sqrt(1 + spare / unknowns)
+    digits = -math.log(FORCING * SETTLED)
+    return (root + 1) * digits / 2 <= STEPS * (root - 1)
 
 
 def solve(

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .krylov import LinearMap, Progress, Rows, Run, cgls, open_share, ritz_values, squared_norm
+from .krylov import (
+    LinearMap,
+    Precondition,
+    Progress,
+    Rows,
+    Run,
+    cgls,
+    open_share,
+    ritz_values,
+    squared_norm,
+)
 
 __all__ = [
     "Linearised",
@@ -33,6 +43,8 @@ DENSE = 512  # unknowns below which an SVD is cheaper than one doubt about the r
 TOLERANCE = 1e-10  # singular values below this share of the largest count as zero
 ROUNDING = 2e-15  # normal-equation residual, relative, at which float64 has nothing left to give
 INERTIA = 1e-13  # eigenvalues of the normal equations below this share of their sum are zero
+FEW = 150  # steps that a preconditioned iteration may take: past these, plain ones are no dearer
+INVERSE = 4  # power steps to the weakest direction, by the preconditioner, and to the strongest
 ROUNDS = 40  # of Gauss and Newton
 SHORTEST = 2.0**-10  # share of a step below which its linearisation is of no use
 STALLED = 1e-3  # a step that lowers the residual by less, relatively, was the last
@@ -105,6 +117,8 @@ def least_squares(
     cap: int | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
+    precondition: Precondition | None = None,
+    before: Solution | None = None,
 ) -> Solution:
     r""":math:`\hat x = \arg\min_x \lVert A x - b \rVert`, and the rank of ``A``.
 
@@ -127,6 +141,12 @@ def least_squares(
         Of the dye; a fixed one by default.
     progress : callable, optional
         Called with iterations done and the normal equations' residual.
+    precondition : callable, optional
+        As for :func:`~gradinv_edu.engine.krylov.cgls`. Where it proves too little, such as full
+        rank, all is done again without it: the answer of least norm needs plain steps.
+    before : Solution, optional
+        Of equations of which a few were wrong: where to start from, and its rank and singular
+        values are kept.
     """
     n = A.like.numel()
     if dense if dense is not None else n <= DENSE:
@@ -134,6 +154,17 @@ def least_squares(
     cap = cap or patience(n)
     size = math.sqrt(squared_norm(A.adjoint(b))) or 1.0
     fast = A.to(torch.float32)
+    if before is not None and before.full_rank:
+        target = max(ROUNDING, 1e-4 * noise) * size
+        run = cgls(A, b, target, cap, fast=fast, progress=progress, start=before.x)
+        rest = _ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm()))
+        told = run.converged or run.norm <= 1e4 * ROUNDING * size
+        iterations = before.iterations + run.iterations
+        return replace(before, x=run.x, residual=rest, iterations=iterations, converged=told)
+    if precondition is not None:
+        found = _preconditioned(A, b, size, fast, precondition, generator, progress)
+        if found is not None:
+            return found
     run = cgls(A, b, max(ROUNDING, 1e-4 * noise) * size, cap, fast=fast, progress=progress)
     test = rank_test(A, cap=cap, generator=generator, fast=fast, progress=progress, beside=run)
     return Solution(
@@ -145,6 +176,33 @@ def least_squares(
         largest_singular_value=test.largest_singular_value,
         converged=run.converged or run.norm <= 1e4 * ROUNDING * size,
     )
+
+
+def _preconditioned(
+    A: Operator,
+    b: Rows,
+    size: float,
+    fast: LinearMap,
+    precondition: Precondition,
+    generator: torch.Generator | None,
+    progress: Progress | None,
+) -> Solution | None:
+    """Few steps, each dearer; None unless they end at rounding and leave nothing open."""
+    options = {"fast": fast, "progress": progress, "precondition": precondition}
+    left, test = open_share(A, draw(A.like, generator), FEW, **options)  # type: ignore[arg-type]
+    if left > 0:
+        return None
+    run = cgls(A, b, ROUNDING * size, FEW, **options)  # type: ignore[arg-type]
+    if not run.converged and run.norm > 1e4 * ROUNDING * size:
+        return None
+    low = high = draw(A.like, torch.Generator().manual_seed(1))
+    for _ in range(INVERSE):
+        low = precondition(low / low.norm())
+    for _ in range(INVERSE):
+        high = A.adjoint(A.forward(high / high.norm()))
+    least, most = (math.sqrt(A.forward(v / v.norm()).squared_norm()) for v in (low, high))
+    residual = _ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm()))
+    return Solution(run.x, residual, run.iterations + test.iterations, 0.0, least, most)
 
 
 def _by_svd(A: Operator, b: Rows) -> Solution:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import checks
 from .transformer import Directions
 
 __all__ = ["Span", "chance", "extend"]
@@ -57,6 +58,9 @@ def chance(candidates: int, tolerance: float, dimension: int, rank: int) -> floa
     The share of a sphere near a subspace, for a small tolerance τ and the gap :math:`g = D - r`.
     Implements :eq:`span-chance`.
     """
+    checks.number(tolerance, "tolerance", "a number, zero or more", lambda v: v >= 0)
+    for value, name in ((candidates, "candidates"), (dimension, "dimension"), (rank, "rank")):
+        checks.whole(value, name, 0)
     gap = dimension - rank
     if gap <= 0 or tolerance >= 1:
         return float(candidates)

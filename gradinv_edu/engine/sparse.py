@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .. import checks
+from ..checks import checked
 from ..errors import NotRecoveredError, UnknownNameError
 from .low_rank import Factors
 from .witness import NonzeroRows, products, unit
@@ -30,7 +32,10 @@ STEPS = 40
 QUIET = 2  # rounds that find nothing sparser, after which the search ends
 
 
-def null_vectors(left: Tensor, draws: int, generator: torch.Generator | None = None) -> Tensor:
+@checked
+def null_vectors(
+    left: Float[Tensor, "m N"], draws: int, generator: torch.Generator | None = None
+) -> Tensor:
     r""":math:`L_A\,q = 0` for N − 1 rows A: SPEAR's draw.
 
     If one sample is off in all rows of A, then ``q`` is its direction: the only one that
@@ -54,6 +59,7 @@ def null_vectors(left: Tensor, draws: int, generator: torch.Generator | None = N
     -----
     Source: Dimitrov et al. (2024).
     """
+    checks.whole(draws, "draws")
     m, N = left.shape
     rows = _uniform((draws, N - 1), generator, left)
     sets = left[(rows * m).long().clamp_max(m - 1)]

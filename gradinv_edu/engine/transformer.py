@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..checks import checked
 from ..errors import UnsupportedLayerError, VanishingGradientError
 from ..update import Update
 from .low_rank import machine_epsilon
@@ -185,6 +186,7 @@ def _reads(layer: nn.Module, width: int) -> bool | None:
     return None
 
 
+@checked
 def locate(model: nn.Module, layout: Layout | None = None) -> Parts:
     """Find a model's parts, by a layout or by the first of :data:`LAYOUTS` that fits.
 

@@ -395,9 +395,10 @@ class Walk(ABC):
         while (found := self._floor(below, len(system.k))) is not None:
             floor, below = found
             floors.insert(0, floor)
-            if sum(f.unknowns for f in floors) + system.unknowns > segment.LARGEST:
+            unknowns = sum(f.unknowns for f in floors) + system.unknowns
+            if unknowns > segment.LARGEST:
                 return None
-            if segment.spare_equations(floors, missing) < 0:
+            if not segment.within_reach(unknowns, segment.spare_equations(floors, missing)):
                 continue
             solved = segment.solve(
                 floors,

@@ -1,12 +1,7 @@
-"""Random small networks over every kind of layer that the engine knows, and what becomes of them.
-
-``python tests/nets.py 500`` audits and recovers that many and counts the verdicts.
-"""
+"""Random small networks of every kind of layer that the engine knows, and what becomes of them."""
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -192,23 +187,3 @@ def verdicts(model: nn.Module, shape: Shape, seed: int = 0) -> Verdicts:
     except GradientInversionError as refusal:
         return Verdicts(audit, None, refusal, float("inf"), drawn)
     return Verdicts(audit, found, None, gi.metrics.relative_error(found.inputs, x), drawn)
-
-
-if __name__ == "__main__":
-    import time
-
-    torch.set_num_threads(1)
-    counts: Counter[str] = Counter()
-    first, last = (0, int(sys.argv[1])) if len(sys.argv) == 2 else map(int, sys.argv[1:])
-    for seed in range(first, last):
-        started = time.process_time()
-        model, shape = random_net(seed)
-        seen = verdicts(model, shape, seed)
-        spent = time.process_time() - started
-        counts[seen.outcome] += 1
-        wrong = seen.found is not None and seen.found.exact and not seen.error < 1e-6
-        counts["WRONG"] += wrong
-        if wrong or not seen.agree or spent > 4:
-            print(seed, f"{spent:.1f}s", seen.outcome, f"{seen.error:.1e}", flush=True)
-    for outcome, count in counts.most_common():
-        print(f"{count:5} {outcome}")

@@ -1,0 +1,375 @@
+"""How far to trust it: whatever claims certainty, over thousands of random cases.
+
+A case is a seed. It ends in an outcome, in a claim of certainty or none, and where there is a claim
+it is right or wrong; ground truth is used to say which, never by what is tried. A cell holds a
+hundred cases.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from .measure import Job, Options, fill, rounded
+from .page import cells, table
+
+SECTION, CHUNK = "trust", 100
+
+
+class Case(NamedTuple):
+    """What became of one case: an outcome in words, and of the claim, if there is one, whether."""
+
+    outcome: str
+    claimed: bool
+    right: bool = True
+
+
+# what is claimed, in the page's words, and how many hundreds of cases
+CAMPAIGNS: dict[str, tuple[str, int]] = {
+    "networks": ("`recover` and `audit`: `exact`, over random networks of every kind of layer", 20),
+    "updates": ("`recover`: `exact`, of updates that were changed on the way", 10),
+    "jacobian": ("`audit`: `exact`, against the rank of the whole gradient's Jacobian", 5),
+    "hidden": ("`recover`: what is said to be hidden changes no gradient", 2),
+    "isolated": ("`isolated_samples`: each sample it names was in the batch", 10),
+    "batches": ("`recover_batch` with the layer's weights: every sample", 5),
+    "unweighted": ("`recover_batch` without them, the outputs counted: every sample", 5),
+    "labels": ("`possible_labels`: no label of the batch is missing", 10),
+    "counts": ("`count_labels`: how often each label occurs", 10),
+    "sentences": ("`recover_tokens`: `exact`, every word in its place", 3),
+}
+
+
+def campaign(options: Options) -> int:
+    """A hundred cases a cell, all campaigns by turns."""
+    jobs = {
+        f"{name}/{chunk}": Job("campaign", "cases", {"name": name, "first": CHUNK * chunk})
+        for chunk in range(max(n for _, n in CAMPAIGNS.values()))
+        for name, (_, chunks) in CAMPAIGNS.items() if chunk < chunks
+    }  # fmt: skip
+    fill(SECTION, jobs, options)
+    return 0
+
+
+# --- in the child -------------------------------------------------------------------------------
+
+
+def cases(name: str, first: int, many: int = CHUNK) -> dict[str, Any]:
+    """Cases of one campaign from a first seed on."""
+    import torch
+
+    torch.set_num_threads(1)
+    start, counts, wrong, claims = time.process_time(), Counter[str](), [], 0
+    for seed in range(first, first + many):
+        case = globals()[name](seed)
+        counts[case.outcome] += 1
+        claims += case.claimed
+        if case.claimed and not case.right:
+            wrong.append(seed)
+    spent = rounded(time.process_time() - start)
+    outcomes = dict(counts.most_common())
+    return {"runs": many, "claims": claims, "wrong": wrong, "outcomes": outcomes, "cpu": spent}
+
+
+def networks(seed: int) -> Case:
+    """A random network, a random input, a plain gradient in float64."""
+    from .random_nets import random_net, verdicts
+
+    seen = verdicts(*random_net(seed), seed)
+    claimed = seen.found is not None and seen.found.exact
+    return Case(seen.outcome.removeprefix("OTHER: "), claimed, seen.error < 1e-6)
+
+
+def updates(seed: int) -> Case:
+    """The same networks, but what arrives is not the gradient that the attacker takes it for."""
+    import torch
+    from torch import nn
+
+    import gradinv_edu as gi
+    from gradinv_edu.errors import GradientInversionError
+
+    from .random_nets import random_net
+
+    model, shape = random_net(seed)
+    source = torch.Generator().manual_seed(seed)
+    pick = lambda n: int(torch.randint(n, (1,), generator=source))  # noqa: E731
+    single, loss = pick(3) == 0, nn.CrossEntropyLoss()
+    with torch.no_grad():
+        classes = model(torch.zeros(1, *shape).double()).shape[1]
+    model = model.float() if single else model
+    like = next(model.parameters())
+    xs = torch.rand(2, *shape, generator=source, dtype=torch.float64).to(like)
+    ys = torch.randint(classes, (2,), generator=source)
+    changes = {**CHANGES, "none": lambda u, *_: u}
+    name = [*changes][pick(len(changes))]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        update = gi.observe(model, loss, xs[:1], ys[:1])
+        another = gi.observe(model, loss, xs[1:], ys[1:])
+        steps = gi.observe(model, loss, xs[:1], ys[:1], local_steps=3, learning_rate=0.1)
+    try:
+        sent = changes[name](update, another, steps, source)
+        found = gi.recover(model, sent, shape, loss)
+    except GradientInversionError as error:
+        return Case(f"{name}: {type(error).__name__}", False)
+    near = gi.metrics.relative_error(found.inputs, xs[:1].double())
+    return Case(f"{name}: {'exact' if found.exact else 'not exact'}", found.exact,
+                near < (1e-3 if single else 1e-6))  # fmt: skip
+
+
+def _each(update: Any, change: Callable[[Any], Any]) -> Any:
+    return replace(update, gradients={n: change(g) for n, g in update.gradients.items()})
+
+
+def _planted(update: Any, another: Any, steps: Any, source: Any) -> Any:
+    """One entry of one gradient moved by a thousandth of the largest."""
+    import torch
+
+    names = [*update.gradients]
+    name = names[int(torch.randint(len(names), (1,), generator=source))]
+    moved = update.gradients[name].clone()
+    place = int(torch.randint(moved.numel(), (1,), generator=source))
+    moved.view(-1)[place] += 1e-3 * moved.abs().max()
+    return replace(update, gradients={**update.gradients, name: moved})
+
+
+def _digits(step: float) -> Callable[..., Any]:
+    return lambda u, *_: _each(u, lambda g: (g / (step * g.abs().max().clamp_min(1e-30))).round()
+                               * (step * g.abs().max()))  # fmt: skip
+
+
+# what a client, a channel or a defense does to it without saying so
+CHANGES: dict[str, Callable[..., Any]] = {
+    "one entry moved": _planted,
+    "rounded to 1e-9": _digits(1e-9),
+    "rounded to 8 bits": _digits(1 / 127),
+    "signs": lambda u, *_: _each(u, lambda g: g.sign()),
+    "three local steps": lambda u, _, steps, __: replace(u, gradients=steps.gradients),
+    "two clients' mean": lambda u, another, *_: replace(
+        u, gradients={n: (g + another.gradients[n]) / 2 for n, g in u.gradients.items()}
+    ),
+    "another's last layer": lambda u, another, *_: replace(
+        u, gradients={**u.gradients, [*u.gradients][-1]: another.gradients[[*u.gradients][-1]]}
+    ),
+}
+
+
+def jacobian(seed: int) -> Case:
+    """An exact audit needs a Jacobian of full rank, whatever the attack."""
+    import torch
+
+    import gradinv_edu as gi
+
+    from .random_nets import random_net
+
+    model, shape = random_net(seed)
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    audit = gi.audit(model, shape, inputs=x, jacobian=True,
+                     generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    rank = audit.network
+    full = rank is not None and rank.rank == rank.unknowns
+    outcome = f"{'exact' if audit.exact else 'not exact'}, {'full' if full else 'deficient'} rank"
+    return Case(outcome, audit.exact, full)
+
+
+def hidden(seed: int) -> Case:
+    """A network that divides by a spread of its input: brighter inputs give the same gradient."""
+    import torch
+    from torch import nn
+
+    import gradinv_edu as gi
+    from gradinv_edu.errors import GradientInversionError
+
+    source = torch.Generator().manual_seed(seed)
+    pick = lambda *n: n[int(torch.randint(len(n), (1,), generator=source))]  # noqa: E731
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        filters, size = pick(8, 12, 16), pick(6, 8)
+        conv = nn.Conv2d(pick(1, 3), filters, 3, padding=1, bias=False)
+        norm = pick(
+            nn.BatchNorm2d(filters, eps=1e-12), nn.GroupNorm(pick(2, 4), filters, eps=1e-12)
+        )
+        head = nn.Linear(filters * size**2, 5)
+        model = nn.Sequential(conv, norm, nn.LeakyReLU(0.2), nn.Flatten(), head).double().train()
+    shape = (conv.in_channels, size, size)
+    x = torch.rand(1, *shape, generator=source, dtype=torch.float64)
+    loss, target = nn.CrossEntropyLoss(), torch.tensor([1])
+    update = gi.observe(model, loss, x, target)
+    try:
+        found = gi.recover(model, update, shape, loss)
+    except GradientInversionError as error:
+        return Case(type(error).__name__, False)
+    if not found.hidden:
+        return Case(
+            "nothing hidden", found.exact, gi.metrics.relative_error(found.inputs, x) < 1e-6
+        )
+    own = gi.observe(model, loss, 2 * found.inputs, target)
+    apart = sum(float((own.gradients[n] - g).norm()) for n, g in update.gradients.items())
+    size_ = sum(float(g.norm()) for g in update.gradients.values())
+    return Case(" and ".join(found.hidden), True, apart < 1e-6 * size_)
+
+
+def _wide(seed: int) -> Iterator[Any]:
+    """Inputs, targets, model and gradients of a batch through a wide layer with ReLU."""
+    import torch
+    from torch import nn
+
+    import gradinv_edu as gi
+
+    source = torch.Generator().manual_seed(seed)
+    pick = lambda *n: n[int(torch.randint(len(n), (1,), generator=source))]  # noqa: E731
+    N, n, outputs = pick(2, 2, 3, 3, 4, 5), pick(8, 16, 30), pick(1, 2, 3, 5, 10)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bias = pick(0.0, 0.0, 1.0, 3.0)  # of the first layer: fewer units off
+        width = pick(30, 60, 120)
+        model = nn.Sequential(nn.Linear(n, width), nn.ReLU(), nn.Linear(width, outputs)).double()
+        model[0].bias.data += bias
+    x = torch.randn(N, n, generator=source, dtype=torch.float64)
+    if outputs == 1:
+        loss: nn.Module = nn.BCEWithLogitsLoss()
+        y = torch.randint(2, (N, 1), generator=source).double()
+    else:
+        loss, y = nn.CrossEntropyLoss(), torch.randint(outputs, (N,), generator=source)
+    update = gi.observe(model, loss, x, y)
+    yield from (x, y, model, update.gradients, outputs)
+
+
+def _contains(x: Any, rows: Any) -> bool:
+    """Whether every row is one of ``x``."""
+    import torch
+
+    apart = torch.cdist(rows.double(), x).amin(dim=1)
+    return bool((apart < 1e-6 * x.norm(dim=1).mean()).all())
+
+
+def isolated(seed: int) -> Case:
+    """Rows of the gradient that only one sample excited."""
+    import torch
+
+    from gradinv_edu import batches
+    from gradinv_edu.errors import GradientInversionError
+
+    x, _, _, g, outputs = _wide(seed)
+    try:
+        found = batches.isolated_samples(g["0.weight"], g["0.bias"], outputs)
+    except GradientInversionError as error:
+        return Case(type(error).__name__, False)
+    if not found:
+        return Case("none found", False)
+    return Case("some found", True, _contains(x, torch.stack([one.x for one in found])))
+
+
+def _batch(seed: int, weighted: bool) -> Case:
+    from gradinv_edu import batches
+    from gradinv_edu.errors import GradientInversionError
+
+    x, _, model, g, outputs = _wide(seed)
+    known = {"weight": model[0].weight.detach(), "bias": model[0].bias.detach()}
+    how = known if weighted else {"outputs": outputs}
+    try:
+        found = batches.recover_batch(g["0.weight"], g["0.bias"], len(x), **how)
+    except GradientInversionError as error:
+        return Case(type(error).__name__, False)
+    return Case("recovered", True, _contains(x, found) and _contains(found.double(), x))
+
+
+def batches(seed: int) -> Case:
+    """All samples, the layer's own outputs as witness."""
+    return _batch(seed, True)
+
+
+def unweighted(seed: int) -> Case:
+    """All samples from the gradient alone."""
+    return _batch(seed, False)
+
+
+def labels(seed: int) -> Case:
+    """Labels by the sign of the last layer's gradient."""
+    from gradinv_edu import batches
+    from gradinv_edu.errors import GradientInversionError
+
+    _, y, _, g, outputs = _wide(seed)
+    if outputs == 1:
+        return Case("one output", False)
+    try:
+        found = batches.possible_labels(g["2.weight"], len(y))
+    except GradientInversionError as error:
+        return Case(type(error).__name__, False)
+    return Case(f"{len(found)} of {outputs}", True, set(y.tolist()) <= set(found))
+
+
+def counts(seed: int) -> Case:
+    """How often each label occurs, with the probabilities known."""
+    import torch
+
+    from gradinv_edu import batches
+    from gradinv_edu.errors import GradientInversionError
+
+    x, y, model, g, outputs = _wide(seed)
+    if outputs == 1:
+        return Case("one output", False)
+    with torch.no_grad():
+        probabilities = model(x).softmax(1)
+    try:
+        found = batches.count_labels(g["2.bias"], len(y), probabilities)
+    except GradientInversionError as error:
+        return Case(type(error).__name__, False)
+    return Case("counted", True, found.tolist() == y.bincount(minlength=outputs).tolist())
+
+
+def sentences(seed: int) -> Case:
+    """Random words through a tiny GPT, up to beyond what its width can tell apart."""
+    import torch
+    from torch import nn
+
+    import gradinv_edu as gi
+    from gradinv_edu import language, tokens
+    from gradinv_edu.errors import GradientInversionError
+
+    source = torch.Generator().manual_seed(seed)
+    pick = lambda low, high: int(torch.randint(low, high, (1,), generator=source))  # noqa: E731
+    words, width, length, many = pick(50, 400), 32, pick(3, 44), pick(1, 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = language.gpt(words, width)
+    ids = torch.randint(words, (many, length + 1), generator=source)
+    update = gi.observe(model, nn.CrossEntropyLoss(), ids[:, :-1], ids[:, 1:])
+    if pick(0, 2):
+        kept = {n: g for n, g in update.gradients.items() if n not in ("wte.weight", "wpe.weight")}
+        update = replace(update, gradients=kept)
+    try:
+        found = tokens.recover_tokens(model, update)
+    except GradientInversionError as error:
+        return Case(type(error).__name__, False)
+    true = sorted(ids[:, :-1].tolist())
+    right = sorted(s.tolist() for s in found.sequences) == true
+    return Case("exact" if found.exact else "unsure", found.exact, right)
+
+
+# --- how it is told -----------------------------------------------------------------------------
+
+
+def trusted(data: dict[str, Any]) -> Any:
+    """Campaigns: cases, claims, wrong claims, and the rate that these leave possible."""
+    from scipy.stats import binomtest
+
+    rows = []
+    for name, (claim, _) in CAMPAIGNS.items():
+        parts = [cell for key, cell in cells(data, SECTION).items() if key.startswith(f"{name}/")]
+        runs, claims = (sum(part[what] for part in parts) for what in ("runs", "claims"))
+        wrong = sum(len(part["wrong"]) for part in parts)
+        high = binomtest(wrong, claims).proportion_ci(method="wilson").high if claims else 1.0
+        rows.append([claim, f"{runs:,}", f"{claims:,}", str(wrong), f"{100 * high:.2g} %"])
+    return table(["claim", "cases", "claims", "wrong", "rate below"], rows)
+
+
+def ended(data: dict[str, Any], name: str) -> Any:
+    """How the cases of one campaign ended."""
+    total: Counter[str] = Counter()
+    for key, cell in cells(data, SECTION).items():
+        if key.startswith(f"{name}/"):
+            total.update(cell["outcomes"])
+    return table(["outcome", "cases"], [[what, f"{n:,}"] for what, n in total.most_common()])

@@ -1,0 +1,353 @@
+r"""A preconditioner for convolutions that knows the border: Fourier inside, exact along each edge.
+
+Inside a picture ``WᵀW`` shifts with the picture, so that Fourier space inverts it: one small
+matrix a frequency. That takes the picture as periodic, which zero padding is not. On the torus
+one line of outputs is *missing* and a line of pixels is *zero*; Woodbury's formula puts both
+right, along each edge by one more small matrix a frequency. Where two edges meet, that double
+correction is wrong, and a dense solve on each corner makes it good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from .layers.convolution import ConvolutionOperator, Geometry
+
+__all__ = ["Bordered"]
+
+SHIFT = 0.01  # of the mean eigenvalue, added: with less, the corners make the inverse indefinite
+CORNER = 1300  # unknowns of a corner that are solved at once
+ROUNDED = 1e-5  # of a corner's mean eigenvalue, added for float32's rounding
+WIDEST = 12  # pixels of its side
+BYTES = 1e9  # of the inverses over all frequencies
+SMALLEST = 56  # side of a map below which plain iterations are few and cheap
+RATIOS = (1.04, 1.7)  # equations an unknown between which the preconditioner pays
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """One border across an axis: cells of the torus around it, and what they add to each other."""
+
+    axis: int
+    cells: Tensor
+    inverse: Tensor  # (frequencies along the edge, 2 · cells · n, cells · n)
+
+
+class Bordered:
+    r""":math:`M^{-1} = S + (1 - S N)\, C\, (1 - N S)`, near ``N⁻¹`` for ``N = WᵀW``.
+
+    ``C = D + D B (J − Bᵀ D B)⁻¹ Bᵀ D`` is right inside and along every edge: ``D`` is the
+    inverse on the torus, with a hundredth of the mean eigenvalue added, ``B`` the missing outputs
+    (``J = 1``) and the zero pixels (``J = 0``) of an edge; ``S`` the exact inverse on the four
+    corners. Symmetric, and positive definite where the corners are large enough; an iteration that
+    meets a negative curvature turns to plain steps.
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``(filters, channels, k, k)``, as it is solved.
+    geometry : Geometry
+        Of a convolution on pictures, without groups.
+    shape : torch.Size
+        Of a picture, ``(channels, height, width)``.
+
+    Notes
+    -----
+    Source: Strang (1986) for the circulant part; the border is this project's.
+    """
+
+    def __init__(self, weight: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> None:
+        W = weight.double()
+        self.geometry, self.weight = geometry, weight.float()
+        self.channels, self.size = shape[0], shape[1:]
+        self.stride, self.padding = geometry.stride, geometry.padding
+        spans = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, W.shape[2:], strict=True)]
+        self.outputs, self.cells = _torus(geometry, self.size, spans)
+        self.taps = _polyphase(W, geometry, spans)
+        self.phases = self.channels * math.prod(self.stride)
+        self.inverse = self._inverse()
+        self.edges = [self._edge(axis) for axis in (0, 1)]
+        self.side, self.crop, self.corners = self._corners(W, spans)
+        self.inverse = _real(self.inverse.flatten(0, 1))
+
+    @classmethod
+    def of(cls, operator: object) -> Bordered | None:
+        """None for another layer, and where it would not pay or not fit."""
+        if not isinstance(operator, ConvolutionOperator):
+            return None
+        W, move, shape = operator.weight, operator.geometry, operator.template.shape[1:]
+        if W.dim() != 4 or move.groups != 1 or min(shape[1:]) < SMALLEST:
+            return None
+        phases = shape[0] * math.prod(move.stride)
+        ratio = len(W) * math.prod(operator.k.shape[2:]) / math.prod(shape)
+        spans = [d * (k - 1) + 1 for d, k in zip(move.dilation, W.shape[2:], strict=True)]
+        narrow = any(s > k for s, k in zip(move.stride, spans, strict=True))
+        size = 4.0 * math.prod(shape) * phases  # complex64, half of the frequencies
+        if narrow or not RATIOS[0] <= ratio <= RATIOS[1] or len(W) <= phases or size > BYTES:
+            return None
+        return cls(W, move, tuple(shape))
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """``M⁻¹ r``, shaped and in the precision of ``r``."""
+        x = r.float()
+        first = self._solve(x)
+        moved = self._at_corners(self._normal(self._placed(first, self.crop)), x, -1)
+        inner = self._inner(moved)
+        back = self._normal(self._cut(inner, self.crop))
+        second = first - self._solve_cut(back)
+        return self._at_corners(second, inner, 1).to(r.dtype)
+
+    # --- the torus ----------------------------------------------------------------------------
+
+    def _inverse(self) -> Tensor:
+        """``(WᵀW + shift)⁻¹`` at each frequency, ``(rows, half of the rest, n, n)``."""
+        (a, b), n = self.taps.shape[:2], self.phases
+        pairs = torch.einsum("klfn,pqfm->klpqnm", self.taps, self.taps)
+        shifts: dict[tuple[int, int], Tensor] = {}
+        for i, j, k, m in product(range(a), range(b), range(a), range(b)):
+            at = (k - i, m - j)
+            shifts[at] = shifts.get(at, 0) + pairs[i, j, k, m]
+        rows, columns = self.cells
+        waves = torch.stack(
+            [
+                torch.outer(_wave(rows, d, rows), _wave(columns, e, columns // 2 + 1)).flatten()
+                for d, e in shifts
+            ],
+            dim=1,
+        ).to(self.weight.device)
+        parts = torch.stack([part.flatten() for part in shifts.values()]).to(torch.complex64)
+        gram = (waves.to(torch.complex64) @ parts).reshape(-1, n, n)
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal.add_(SHIFT * diagonal.real.mean())
+        factor = torch.linalg.cholesky(gram)
+        return torch.cholesky_inverse(factor).reshape(rows, -1, n, n)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """``C x``: on the torus, then once more with what the edges add."""
+        z = self._periodic(self._to_torus(x))
+        added = torch.zeros_like(z)
+        for edge in self.edges:
+            seen = z.index_select(2 + edge.axis, edge.cells).movedim(2 + edge.axis, 1)
+            f = torch.fft.rfft(seen)
+            flat = f.permute(3, 0, 1, 2).reshape(f.shape[3], len(x), -1)
+            back = _times(edge.inverse, flat).reshape(f.shape[3], *f.shape[:3])
+            field = torch.fft.irfft(back.permute(1, 2, 3, 0), n=seen.shape[3])
+            added.index_add_(2 + edge.axis, edge.cells, field.movedim(1, 2 + edge.axis))
+        return self._to_picture(z + self._periodic(added))
+
+    def _periodic(self, z: Tensor) -> Tensor:
+        f = torch.fft.rfft2(z)
+        flat = f.permute(2, 3, 0, 1).reshape(-1, len(z), self.phases)
+        found = _times(self.inverse, flat).reshape(*f.shape[2:], *f.shape[:2])
+        field: Tensor = torch.fft.irfft2(found.permute(2, 3, 0, 1), s=self.cells)
+        return field
+
+    def _to_torus(self, x: Tensor) -> Tensor:
+        """Pixels at their cells, one channel for each phase of the stride."""
+        (T, U), (s, t), (p, q) = self.cells, self.stride, self.padding
+        y = x.new_zeros(len(x), self.channels, T * s, U * t)
+        y[:, :, p : p + self.size[0], q : q + self.size[1]] = x
+        y = y.reshape(len(x), self.channels, T, s, U, t).permute(0, 1, 3, 5, 2, 4)
+        return y.reshape(len(x), self.phases, T, U)
+
+    def _to_picture(self, y: Tensor) -> Tensor:
+        (T, U), (s, t), (p, q) = self.cells, self.stride, self.padding
+        y = y.reshape(len(y), self.channels, s, t, T, U).permute(0, 1, 4, 2, 5, 3)
+        y = y.reshape(len(y), self.channels, T * s, U * t)
+        return y[:, :, p : p + self.size[0], q : q + self.size[1]]
+
+    # --- an edge ------------------------------------------------------------------------------
+
+    def _edge(self, axis: int) -> _Edge:
+        """``B (J − Bᵀ D B)⁻¹ Bᵀ`` for one axis, at each frequency along the edge."""
+        n, T = self.phases, self.cells[axis]
+        along = self.cells[1 - axis] // 2 + 1
+        s, p, end = self.stride[axis], self.padding[axis], self.padding[axis] + self.size[axis]
+        reach = self.taps.shape[axis] - 1
+        first, after = min(self.outputs[axis], end // s), max(-(-p // s), reach)
+        numbers = list(range(first, T + after))
+        span = len(numbers)
+        columns = list(self._missing(axis, first, span))
+        outputs = sum(c.shape[2] for c in columns)
+        place = torch.arange(n, device=self.weight.device).reshape(self.channels, *self.stride)
+        for i, cell in enumerate(numbers):
+            for phase in range(s):
+                if not p <= (cell % T) * s + phase < end:  # a pixel of the padding
+                    own = place.select(1 + axis, phase).flatten()
+                    unit = self.taps.new_zeros(along, span, n, len(own), dtype=torch.complex64)
+                    unit[:, i, own, range(len(own))] = 1
+                    columns.append(unit.flatten(1, 2))
+        B = torch.cat(columns, dim=2)
+        J = B.new_zeros(B.shape[2])
+        J[:outputs] = 1
+        Q = torch.diag(J) - B.mH @ self._covariance(axis, span) @ B
+        made = B @ torch.linalg.solve((Q + Q.mH) / 2, B.mH)
+        cells = torch.tensor([c % T for c in numbers], device=B.device)
+        return _Edge(axis, cells, _real(made))
+
+    def _missing(self, axis: int, first: int, span: int) -> Iterator[Tensor]:
+        """Outputs that the torus has and the layer has not: what they see, adjoint."""
+        taps = self.taps.movedim(axis, 0)
+        length = self.cells[1 - axis]
+        waves = torch.stack([_wave(length, u, length // 2 + 1) for u in range(taps.shape[1])], 1)
+        waves, taps = waves.conj().to(taps.device, torch.complex64), taps.to(torch.complex64)
+        seen = torch.einsum("hl,klfn->hknf", waves, taps)
+        for output in range(self.outputs[axis], self.cells[axis]):
+            block = seen.new_zeros(len(seen), span, *seen.shape[2:])
+            block[:, output - first : output - first + taps.shape[0]] = seen
+            yield block.flatten(1, 2)
+
+    def _covariance(self, axis: int, span: int) -> Tensor:
+        """``D`` between cells near an edge, at each frequency along it."""
+        T, half = self.cells[axis], self.inverse.shape[axis]
+        waves = torch.stack([_wave(T, d, half) for d in range(1 - span, span)]) / T
+        waves = waves.to(self.inverse)
+        D = self.inverse.movedim(axis, 0)
+        by = torch.tensordot(waves, D, 1)
+        if axis == 1:  # only half of these frequencies is stored
+            inner = waves.new_ones(half)
+            inner[0] = 0
+            inner[-1] = float(T % 2)
+            other = torch.tensordot(waves * inner, D, 1)
+            negative = -torch.arange(self.cells[0], device=D.device) % self.cells[0]
+            by = (by + other[:, negative].conj())[:, : self.cells[0] // 2 + 1]
+        rows = [torch.cat([by[i - j + span - 1] for j in range(span)], 2) for i in range(span)]
+        return torch.cat(rows, dim=1)
+
+    # --- the corners --------------------------------------------------------------------------
+
+    def _corners(self, W: Tensor, spans: list[int]) -> tuple[int, tuple[int, int], Tensor]:
+        """Side of a corner, side of what it reaches, and ``N⁻¹`` on the four of them."""
+        side = min(WIDEST, math.isqrt(CORNER // self.channels), min(self.size) // 3)
+        side = max(side, 2)
+        crop = []
+        for size, k, s in zip(self.size, spans, self.stride, strict=True):
+            reach = side + k + s
+            crop.append(min(size, reach + (size - reach) % s))
+        taps = self.weight.permute(2, 3, 0, 1).flatten(0, 1)
+        C, places = self.channels, len(taps)
+        flat = taps.transpose(0, 1).reshape(len(self.weight), -1)
+        pairs = (flat.T @ flat).reshape(places, C, places, C).transpose(1, 2).contiguous()
+        grams = []
+        for ends in ((True, True), (True, False), (False, True), (False, False)):
+            seen = [self._seen(axis, side, ends[axis], W.shape[2 + axis]) for axis in (0, 1)]
+            gram = pairs.new_zeros(side**2, side**2, C, C)
+            for rows, u in seen[0]:
+                for columns, v in seen[1]:
+                    tap = (u[:, None] * W.shape[3] + v).flatten()
+                    pixel = (rows[:, None] * side + columns).flatten()
+                    gram[pixel[:, None], pixel] += pairs[tap[:, None], tap]
+            N = gram.permute(2, 0, 3, 1).reshape(C * side**2, -1)
+            N.diagonal().add_(ROUNDED * N.diagonal().mean())
+            grams.append(N)
+        made = torch.cholesky_inverse(torch.linalg.cholesky(torch.stack(grams)))
+        return side, (crop[0], crop[1]), made
+
+    def _seen(self, axis: int, side: int, low: bool, k: int) -> list[tuple[Tensor, Tensor]]:
+        """For each output along an axis, the corner's pixels that it sees, and by which taps."""
+        start = 0 if low else self.size[axis] - side
+        pixels, found = torch.arange(side, device=self.weight.device), []
+        d = self.geometry.dilation[axis]
+        for output in range(self.outputs[axis]):
+            tap = start + pixels + self.padding[axis] - self.stride[axis] * output
+            seen = (tap >= 0) & (tap < d * (k - 1) + 1) & (tap % d == 0)
+            if bool(seen.any()):
+                found.append((pixels[seen], tap[seen] // d))
+        return found
+
+    def _cut(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The four corners of a picture, ``(4 N, C, …)``."""
+        a, b = size
+        rows, columns = (slice(a), slice(-a, None)), (slice(b), slice(-b, None))
+        return torch.cat([x[:, :, r, c] for r in rows for c in columns])
+
+    def _placed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Small corners in larger ones."""
+        out = x.new_zeros(len(x), self.channels, *size)
+        for at, part, whole in self._quarters(x, out):
+            rows, columns = at
+            side = part.shape[2], part.shape[3]
+            whole[:, :, _end(rows, side[0]), _end(columns, side[1])] = part
+        return out
+
+    def _quarters(self, x: Tensor, out: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+        ends = ((0, 0), (0, 1), (1, 0), (1, 1))
+        yield from zip(ends, x.chunk(4), out.chunk(4), strict=True)
+
+    def _at_corners(self, parts: Tensor, x: Tensor, sign: int) -> Tensor:
+        """A picture with something added at its corners."""
+        out = x.clone()
+        for at, part in zip(((0, 0), (0, 1), (1, 0), (1, 1)), parts.chunk(4), strict=True):
+            rows, columns = (_end(e, n) for e, n in zip(at, part.shape[2:], strict=True))
+            out[:, :, rows, columns] += sign * part
+        return out
+
+    def _solve(self, x: Tensor) -> Tensor:
+        """``N⁻¹`` on each corner of a picture."""
+        return self._by_corner(self._cut(x, (self.side, self.side)))
+
+    def _solve_cut(self, crops: Tensor) -> Tensor:
+        inner = crops.new_empty(len(crops), self.channels, self.side, self.side)
+        for at, whole, part in self._quarters(crops, inner):
+            part.copy_(whole[:, :, _end(at[0], self.side), _end(at[1], self.side)])
+        return self._by_corner(inner)
+
+    def _by_corner(self, parts: Tensor) -> Tensor:
+        flat = parts.reshape(4, len(parts) // 4, -1).transpose(1, 2)
+        return (self.corners @ flat).transpose(1, 2).reshape(parts.shape)
+
+    def _normal(self, x: Tensor) -> Tensor:
+        """``WᵀW`` on crops: right where it matters, near their outer corners."""
+        rows = self.geometry.rows(x, self.weight)
+        return self.geometry.rows_adjoint(rows, self.weight, x)
+
+
+def _real(matrices: Tensor) -> Tensor:
+    """Real over imaginary parts: real products are faster than complex ones, at the same size."""
+    return torch.cat([matrices.real, matrices.imag], dim=1).contiguous()
+
+
+def _times(parts: Tensor, vectors: Tensor) -> Tensor:
+    """Complex matrices, from :func:`_real`, times row vectors, ``(matrices, N, n)``."""
+    n, count = parts.shape[2], vectors.shape[1]
+    rows = torch.cat([vectors.real, vectors.imag], dim=1) @ parts.mT
+    a, b = rows[:, :count], rows[:, count:]
+    return torch.complex(a[..., :n] - b[..., n:], a[..., n:] + b[..., :n])
+
+
+def _end(last: int, size: int) -> slice:
+    return slice(-size, None) if last else slice(size)
+
+
+def _wave(length: int, shift: int, count: int) -> Tensor:
+    """``exp(2πi f · shift / length)`` for the first frequencies ``f``."""
+    angle = 2 * math.pi * shift * torch.arange(count, dtype=torch.float64) / length
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _torus(
+    geometry: Geometry, size: tuple[int, ...], spans: list[int]
+) -> tuple[list[int], list[int]]:
+    """Outputs along each axis, and cells of the smallest torus on which none sees another edge."""
+    outputs, cells = [], []
+    for s, p, n, k in zip(geometry.stride, geometry.padding, size, spans, strict=True):
+        out = (n + 2 * p - k) // s + 1
+        outputs.append(out)
+        cells.append(max(out, -(-(p + n) // s), -(-(s * (out - 1) + k - p) // s)))
+    return outputs, cells
+
+
+def _polyphase(W: Tensor, geometry: Geometry, spans: list[int]) -> Tensor:
+    """The kernel by cells of the stride, ``(cells, cells, filters, channels · phases)``."""
+    (s, t), (d, e) = geometry.stride, geometry.dilation
+    a, b = (-(-k // step) for k, step in zip(spans, (s, t), strict=True))
+    K = W.new_zeros(*W.shape[:2], a * s, b * t)
+    K[:, :, : spans[0] : d, : spans[1] : e] = W
+    cut = K.reshape(*W.shape[:2], a, s, b, t).permute(2, 4, 0, 1, 3, 5)
+    return cut.reshape(a, b, len(W), -1)
