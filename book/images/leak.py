@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gradinv_edu as gi
 import matplotlib.pyplot as plt
 import torch
 import torchvision
 from torch import Tensor
-
-import gradinv_edu as gi
 
 
 def first_filters(gradient: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from .. import checks
 from ..errors import UnknownNameError
 
-__all__ = ["PHOTOS", "cifar10", "digit", "digits", "mnist", "photo", "picture"]
+__all__ = ["PHOTOS", "cifar10", "digit", "digits", "faces", "mnist", "photo", "picture"]
 
 Size = int | tuple[int, int] | None
 Pixels = np.ndarray[Any, np.dtype[Any]]
@@ -106,6 +106,19 @@ def digits(
     inputs = torch.from_numpy(source.images[places] / 16).unsqueeze(1)
     labels = torch.from_numpy(source.target[places].astype(np.int64))
     return _resized(inputs, size).to(dtype), labels
+
+
+def faces(
+    indices: Iterable[int] | None = None, size: Size = 25, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Load scikit-image's 200 grey crops, ``(N, 1, 25, 25)``, and labels: 1 for a face, else 0.
+
+    Those of ``indices``, or all; the first 100 are faces. From *Labeled Faces in the Wild* (Huang
+    et al., 2007), as it ships inside scikit-image.
+    """
+    places = _places(indices, 200, "face")
+    inputs = torch.from_numpy(_skimage("lfw_subset")[places]).unsqueeze(1)
+    return _resized(inputs, size).to(dtype), torch.tensor([int(p < 100) for p in places])
 
 
 def mnist(

@@ -1,8 +1,8 @@
 r"""The networks of the papers, small enough to read, seeded by an explicit generator.
 
 Every network is a plain :class:`torch.nn.Sequential` whose layers have PyTorch's usual initial
-weights, uniform in :math:`\pm 1/\sqrt{\text{fan in}}` (LeNet: uniform in :math:`\pm 0.5`, as in
-its paper). Weights are drawn in float64 and rounded to ``dtype``, so a float32 network is the
+weights, uniform in :math:`\pm 1/\sqrt{\text{fan in}}` (the two LeNets: uniform in :math:`\pm 0.5`,
+as DLG has it). Weights are drawn in float64 and rounded to ``dtype``, so a float32 network is the
 rounding of the float64 one with the same seed.
 
 What all of them take: ``input_shape``, ``(C, H, W)`` of a picture; ``outputs`` or ``classes``,
@@ -32,6 +32,7 @@ __all__ = [
     "cnn6",
     "cnn6_d",
     "lenet",
+    "lenet_dlg",
     "mlp",
     "perceptron",
     "photo_cnn",
@@ -118,15 +119,28 @@ def lenet(
     bias: bool = True,
     **weights: Unpack[Weights],
 ) -> nn.Sequential:
-    """Four 5×5 convolutions of 12 filters and a dense layer: the network of the DLG paper.
+    """Four 5×5 convolutions of 12 filters and a dense layer: a variant of :func:`lenet_dlg`.
 
     Sigmoids instead of ReLUs, strides instead of pooling, and weights and biases uniform in
     ±0.5, all of which ease attacks by optimisation. Convolutions at places 0, 2, 4, 6, the dense
-    layer at 9. Source: Zhu, Liu and Han (2019).
+    layer at 9; one convolution more than the published network, and ten classes.
     """
-    plan = [(12, 5, 2, 2), (12, 5, 2, 2), (12, 5, 1, 2), (12, 5, 1, 2)]
-    layers = _convolutions(input_shape, plan, activation, bias)
-    return _drawn(_classifier(layers, input_shape, classes, bias), bound=0.5, **weights)
+    return _lenet(4, input_shape, classes, activation, bias, **weights)
+
+
+def lenet_dlg(
+    input_shape: Shape = (3, 32, 32),
+    classes: int = 100,
+    activation: str = "sigmoid",
+    bias: bool = True,
+    **weights: Unpack[Weights],
+) -> nn.Sequential:
+    """Three 5×5 convolutions of 12 filters, then 768 → 100 at 32×32: the LeNet that DLG published.
+
+    With biases, for CIFAR-100, sigmoids, and weights and biases uniform in ±0.5. Convolutions at
+    places 0, 2, 4, the dense layer at 7. Source: the code of Zhu, Liu and Han (2019).
+    """
+    return _lenet(3, input_shape, classes, activation, bias, **weights)
 
 
 def wide_cnn(
@@ -219,6 +233,19 @@ def resnet(
     ):
         layers += [block, _activation(activation)]
     return _drawn(_classifier(layers, input_shape, outputs, bias), **weights)
+
+
+def _lenet(
+    depth: int,
+    input_shape: Shape,
+    outputs: int,
+    activation: str,
+    bias: bool,
+    **weights: Unpack[Weights],
+) -> nn.Sequential:
+    plan = [(12, 5, 2 if place < 2 else 1, 2) for place in range(depth)]
+    layers = _convolutions(input_shape, plan, activation, bias)
+    return _drawn(_classifier(layers, input_shape, outputs, bias), bound=0.5, **weights)
 
 
 def _rgap(

@@ -1,7 +1,7 @@
 """Figures in one calm style, legible on light and dark pages alike.
 
-Figures are drawn on opaque white: their ink is dark, so on a transparent ground it would vanish
-on a dark page, and greys that are data must not change with the page behind them. Every figure
+Figures are drawn on opaque white: their ink is dark, and greys that are data must not change with
+the page behind them. The book clears the white from around them (``book/figures.py``). Every figure
 comes back registered with pyplot, so that ``plt.show()`` shows it.
 
 A picture is a tensor, (H, W), (1, H, W) or (3, H, W), in [0, 1]; pictures are one such, a batch
@@ -53,7 +53,8 @@ COLOURS = Palette(
     quiet="#918c81",
 )
 
-_INK, _FRAME, _PANEL = "#23292e", "#c9ced2", 2.1
+# A figure 5 inches wide with letters of this size can still be read on a telephone.
+_INK, _FRAME, _PANEL, _LETTERS = "#23292e", "#c9ced2", 1.75, 11
 _MARKERS = "osD^vP"
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (8, 3)))
 
@@ -156,9 +157,9 @@ def _settings() -> dict[str, Any]:
         "savefig.facecolor": "white",
         "axes.facecolor": "white",
         "font.family": "DejaVu Sans",
-        "font.size": 9.5,
+        "font.size": _LETTERS,
         "text.color": _INK,
-        "axes.titlesize": 9.5,
+        "axes.titlesize": _LETTERS,
         "axes.titlecolor": _INK,
         "axes.labelcolor": _INK,
         "axes.edgecolor": _FRAME,

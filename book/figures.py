@@ -1,0 +1,79 @@
+"""A Sphinx extension: figures of the chapters on the page's own ground, by day and by night.
+
+Charts are drawn on white. Here their white becomes transparent, and they are marked ``chart``, so
+that the style sheet can turn their colours by night. A figure that holds pictures keeps these as
+they are; only the paper around them becomes transparent, and its titles a grey for both modes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from docutils import nodes
+from PIL import Image
+from scipy.ndimage import find_objects, label
+from sphinx.application import Sphinx
+
+INK = (112, 124, 132)  # as far from the page's paper as from its slate
+PANEL = 60  # pixels: what is dense and larger is a picture
+
+
+def pictures(pixels: np.ndarray) -> list[tuple[slice, slice]]:
+    """Where a figure holds pictures: large connected areas that are mostly not paper."""
+    ink = pixels.min(axis=2) < 250
+    found = []
+    for at in find_objects(label(ink)[0]):
+        part = ink[at]
+        if min(part.shape) >= PANEL and part.mean() > 0.6:
+            found.append(at)
+    return found
+
+
+def clear(pixels: np.ndarray) -> np.ndarray:
+    """Give the figure, RGBA, with its paper transparent."""
+    panels = pictures(pixels)
+    alpha = 255 - pixels.min(axis=2)
+    part = np.maximum(alpha, 1)[..., None] / 255
+    colours = ((pixels - 255.0 * (1 - part)) / part).round().clip(0, 255)
+    if panels:
+        colours[:] = INK
+    for at in panels:
+        alpha[at], colours[at] = 255, pixels[at]
+    return np.dstack([colours, alpha]).astype(np.uint8)
+
+
+def mark(app: Sphinx, doctree: nodes.document, _: str) -> None:
+    """Mark each chart, and give every box that states a claim one look."""
+    for image in doctree.findall(nodes.image):
+        path = Path(app.srcdir) / image["uri"]
+        if path.suffix == ".svg" or (
+            path.suffix == ".png" and not pictures(_pixels(path))
+        ):
+            image["classes"].append("chart")
+    for box in doctree.findall(nodes.admonition):
+        if box.children[0].astext().startswith("Claim:"):
+            box["classes"] = ["claim"]
+
+
+def rewrite(app: Sphinx, error: Exception | None) -> None:
+    """Give the built book its figures without their paper."""
+    if error is not None or app.builder.format != "html":
+        return
+    for path in (Path(app.outdir) / "_images").glob("*.png"):
+        with Image.open(path) as image:
+            done = image.mode == "RGBA" and image.getextrema()[3][0] < 255
+        if not done:
+            Image.fromarray(clear(_pixels(path))).save(path, optimize=True)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register both."""
+    app.connect("doctree-resolved", mark)
+    app.connect("build-finished", rewrite)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
