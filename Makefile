@@ -14,7 +14,7 @@ READY := .venv/.ready
 BOOK := _build/html/index.html
 CHAPTERS := $(wildcard book/[0-9]*.ipynb)
 # What is executed and compared: the chapters, and the pages that draw the measurements.
-PAGES := $(CHAPTERS) $(if $(filter file,$(origin CHAPTERS)),book/benchmarks.ipynb book/zoo.ipynb)
+PAGES := $(CHAPTERS) $(if $(filter file,$(origin CHAPTERS)),book/benchmarks.ipynb book/zoo.ipynb book/trust.ipynb)
 FOLDERS := gradinv_edu tests book $(wildcard exercises benchmarks)
 # Tests compare figures: one thread each, so that sums are taken in one order everywhere.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1

@@ -14,11 +14,14 @@ budgets       the course itself: chapters, tests, book, pages; fails beyond its 
 design        the trainings that chapter design draws from
 schedule      the searches that chapter schedule draws from
 tokens        the sentences that chapter tokens draws from
+trained       the network that chapter rank trains, while it learns
 zoo           torchvision's networks, a small one of each family: audits and recoveries
 rates         some of them over photographs and draws of their weights
+campaign      what claims certainty, over thousands of random cases
 
-Without a section: the first five. Figures go to book/data/benchmarks.json, which the page
-book/benchmarks.ipynb draws, and book/zoo.ipynb; those of design and schedule to files of their own.
+Without a section: the first five. Figures go to book/data/benchmarks.json, which the pages
+benchmarks, zoo and trust of the book draw; those of design, schedule and tokens to files of their
+own.
 """
 
 from __future__ import annotations
@@ -71,8 +74,10 @@ SECTIONS = {
     "design": ("design", "measure", ""),
     "schedule": ("schedule", "measure", ""),
     "tokens": ("tokens", "measure", ""),
+    "trained": ("trained", "measure", ""),
     "zoo": ("zoo", "zoo", ""),
     "rates": ("zoo", "rates", ""),
+    "campaign": ("campaign", "campaign", ""),
 }
 
 

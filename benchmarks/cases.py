@@ -75,14 +75,8 @@ def with_last_bias(model: nn.Sequential) -> nn.Sequential:
 
 
 def published_lenet(shape: Shape) -> nn.Sequential:
-    """LeNet of DLG's published code: three convolutions (the paper has four), 100 classes."""
-    plan = [(shape[0], 12, 2), (12, 12, 2), (12, 12, 1)]
-    layers: list[nn.Module] = []
-    for inputs, filters, stride in plan:
-        layers += [nn.Conv2d(inputs, filters, 5, stride, 2), nn.Sigmoid()]
-    side = (shape[1] + 3) // 4  # two strides of 2, rounded up
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * side**2, 100))
-    drawing = torch.Generator().manual_seed(0)
+    """LeNet of DLG's published code: three convolutions, 100 classes; weights of its own draw."""
+    model, drawing = gi.models.lenet_dlg(shape), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.uniform_(-0.5, 0.5, generator=drawing)
     return model

@@ -58,7 +58,9 @@ def family(name: str, models: dict[str, Any]) -> list[str]:
     found = [name]
     for one in found:
         text = json.dumps(models[one])
-        found += [other for other in models if REFERENCE + other in text and other not in found]
+        found += [
+            other for other in models if REFERENCE + other in text and other not in found
+        ]
     return found
 
 

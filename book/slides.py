@@ -88,7 +88,9 @@ Reveal.initialize({hash: true, slideNumber: "c/t", width: 1100, height: 720, cen
 
 def _sources(keys: str) -> str:
     """``phong2018,wei2020`` as ``Phong 2018; Wei 2020``."""
-    named = [re.sub(r"^([a-z]+)(\d{4}).*", r"\1 \2", key.strip()) for key in keys.split(",")]
+    named = [
+        re.sub(r"^([a-z]+)(\d{4}).*", r"\1 \2", key.strip()) for key in keys.split(",")
+    ]
     return "; ".join(name[:1].upper() + name[1:] for name in named)
 
 
@@ -115,12 +117,17 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _directive(block: str) -> str:
-    """An equation as ``$$``, a figure as a picture, an admonition as a quotation."""
+    """An equation as ``$$``, a figure as a picture, an admonition as a quotation.
+
+    A page that is included is left out.
+    """
     head = DIRECTIVE.match(block)
     if not head:
         return block
     kind, title = head[1], head[2]
     body = block[head.end() :].rsplit("\n", 1)[0].strip()
+    if kind == "include":
+        return ""
     if kind == "math":
         return f"$$\n{body}\n$$"
     if kind == "figure":
@@ -142,7 +149,9 @@ def _spoken(block: str) -> bool:
 
 
 def _cell(source: str, kind: str) -> NotebookNode:
-    return nbformat.v4.new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}})
+    return nbformat.v4.new_markdown_cell(
+        source, metadata={"slideshow": {"slide_type": kind}}
+    )
 
 
 class _Deck:
@@ -160,6 +169,8 @@ class _Deck:
 
     def text(self, block: str) -> None:
         block = plain(_directive(block))
+        if not block:
+            return
         if _spoken(block):
             self.cells.append(_cell(block, "notes"))
             for line in filter(BOLD.match, block.splitlines()):
@@ -185,7 +196,9 @@ class _Deck:
             self.cells.append(_cell(f"```python\n{cell.source}\n```", "notes"))
         shown = nbformat.from_dict({**cell, "outputs": outputs})
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
-        shown.metadata = nbformat.from_dict({"slideshow": {"slide_type": kind}, "alt": alt})
+        shown.metadata = nbformat.from_dict(
+            {"slideshow": {"slide_type": kind}, "alt": alt}
+        )
         if hidden:
             shown.metadata["tags"] = ["remove-input"]
         self.cells.append(shown)
@@ -201,7 +214,10 @@ def _still(output: NotebookNode) -> NotebookNode | None:
 
 
 def _is_picture(output: NotebookNode) -> bool:
-    return any(kind.startswith("image/") or kind == "text/html" for kind in output.get("data", {}))
+    return any(
+        kind.startswith("image/") or kind == "text/html"
+        for kind in output.get("data", {})
+    )
 
 
 def deck(chapter: NotebookNode) -> NotebookNode:
@@ -220,7 +236,9 @@ def deck(chapter: NotebookNode) -> NotebookNode:
 
 def _notes_behind(cells: list[NotebookNode]) -> list[NotebookNode]:
     """A note that comes before its slide begins would open an empty one."""
-    first = next(i for i, cell in enumerate(cells) if cell.metadata.slideshow.slide_type == "slide")
+    first = next(
+        i for i, cell in enumerate(cells) if cell.metadata.slideshow.slide_type == "slide"
+    )
     return cells[first:]
 
 
@@ -234,10 +252,13 @@ def export(chapter: Path, folder: Path) -> Path:
         exclude_anchor_links=True,
     )
     exporter.register_preprocessor(
-        TagRemovePreprocessor(enabled=True, remove_input_tags={"remove-input"}), enabled=True
+        TagRemovePreprocessor(enabled=True, remove_input_tags={"remove-input"}),
+        enabled=True,
     )
     slides = deck(nbformat.read(chapter, as_version=4))
-    resources = {"metadata": {"name": slides.metadata["title"], "path": str(chapter.parent)}}
+    resources = {
+        "metadata": {"name": slides.metadata["title"], "path": str(chapter.parent)}
+    }
     body, _ = exporter.from_notebook_node(slides, resources)
     _copy_files(folder)
     place = folder / f"{chapter.stem}.html"
@@ -248,9 +269,13 @@ def export(chapter: Path, folder: Path) -> Path:
 def _with_alternatives(body: str, slides: NotebookNode) -> str:
     """Give every picture the text that its cell has for it, which this template leaves out."""
     outputs = [
-        (cell.metadata.get("alt", ""), o) for cell in slides.cells for o in cell.get("outputs", [])
+        (cell.metadata.get("alt", ""), o)
+        for cell in slides.cells
+        for o in cell.get("outputs", [])
     ]
-    texts = iter([alt for alt, output in outputs if "image/png" in output.get("data", {})])
+    texts = iter(
+        [alt for alt, output in outputs if "image/png" in output.get("data", {})]
+    )
     return NO_TEXT.sub(lambda _: f'alt="{escape(next(texts))}"', body)
 
 

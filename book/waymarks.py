@@ -102,9 +102,13 @@ def direct(course: list[Chapter]) -> dict[str, set[str]]:
     """Leave out what a chapter needs anyway, because something else that it needs does."""
     known: dict[str, set[str]] = {}
     for chapter in course:
-        known[chapter.stem] = set(chapter.needs).union(*(known[need] for need in chapter.needs))
+        known[chapter.stem] = set(chapter.needs).union(
+            *(known[need] for need in chapter.needs)
+        )
     return {
-        chapter.stem: set(chapter.needs).difference(*(known[need] for need in chapter.needs))
+        chapter.stem: set(chapter.needs).difference(
+            *(known[need] for need in chapter.needs)
+        )
         for chapter in course
     }
 
@@ -134,7 +138,9 @@ def _station(chapter: Chapter, y: int) -> str:
 def drawing(course: list[Chapter]) -> str:
     """Draw the course: a chapter on each line, an arc from it to each one that it needs."""
     rows = _rows(course)
-    parts = {chapter.part: rows[chapter.stem] for chapter in reversed(course) if chapter.part}
+    parts = {
+        chapter.part: rows[chapter.stem] for chapter in reversed(course) if chapter.part
+    }
     lines = [
         '<div class="course-map">',
         f'<svg viewBox="0 0 {WIDTH} {max(rows.values()) + 20}" role="group" '
@@ -224,7 +230,9 @@ def _year(entry: Entry) -> int:
     return int(entry.fields.get("year", 0))
 
 
-def _source(key: str, entry: Entry, where: dict[str, list[str]], titles: dict[str, str]) -> str:
+def _source(
+    key: str, entry: Entry, where: dict[str, list[str]], titles: dict[str, str]
+) -> str:
     lines = [f"{{cite:t}}`{key}`", f": *{_title(entry)}*", ""]
     for stem, headings in where.items():
         places = f" ({'; '.join(headings)})" if headings else ""
@@ -239,7 +247,9 @@ def sources_page() -> str:
     entries = parse_file(str(BOOK / "references.bib")).entries
     taught = _taught(course)
     order = sorted(entries, key=lambda key: (_year(entries[key]), key))
-    body = [_source(key, entries[key], taught[key], titles) for key in order if key in taught]
+    body = [
+        _source(key, entries[key], taught[key], titles) for key in order if key in taught
+    ]
     return "\n".join(
         [
             "# Sources, and where they are taught",
@@ -256,7 +266,9 @@ def sources_page() -> str:
 # --- the reference ---------------------------------------------------------------------------
 
 # What ipywidgets and traitlets put into a class; our own names are told by the class itself.
-TRAITS = {"kit.widgets": {"label", "frames", "index", "side", "weight", "picture", "examples"}}
+TRAITS = {
+    "kit.widgets": {"label", "frames", "index", "side", "weight", "picture", "examples"}
+}
 
 
 def modules() -> dict[str, list[str]]:
@@ -266,7 +278,9 @@ def modules() -> dict[str, list[str]]:
     def inside(folder: str) -> list[str]:
         files = sorted((package / folder).glob("*.py"))
         return [
-            ".".join([*folder.split("/"), f.stem]).strip(".") for f in files if f.stem[0] != "_"
+            ".".join([*folder.split("/"), f.stem]).strip(".")
+            for f in files
+            if f.stem[0] != "_"
         ]
 
     stems = [chapter.stem[3:] for chapter in chapters()]
@@ -292,7 +306,12 @@ def _reference(name: str, told: dict[int, str]) -> Iterator[str]:
             again.append(f"{{py:obj}}`~gradinv_edu.{told[id(value)]}`")
             hidden.add(member)
         told.setdefault(id(value), f"{name}.{member}")
-    yield from (f"### `{name}`", "", "```{eval-rst}", f".. automodule:: gradinv_edu.{name}")
+    yield from (
+        f"### `{name}`",
+        "",
+        "```{eval-rst}",
+        f".. automodule:: gradinv_edu.{name}",
+    )
     yield "   :members:"
     yield from (f"   :exclude-members: {', '.join(sorted(hidden))}",) * bool(hidden)
     yield from ("```", "")
@@ -311,7 +330,11 @@ def api_page() -> str:
         "",
     ]
     for part, names in modules().items():
-        lines += [f"## {part}", "", *(line for name in names for line in _reference(name, told))]
+        lines += [
+            f"## {part}",
+            "",
+            *(line for name in names for line in _reference(name, told)),
+        ]
     return "\n".join(lines)
 
 

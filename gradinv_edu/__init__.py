@@ -40,7 +40,18 @@ if TYPE_CHECKING:
         tokens,
         update,
     )
-    from .kit import data, language, metrics, models, plotting, quiz, report, schematics, widgets
+    from .kit import (
+        data,
+        language,
+        layer_drawings,
+        metrics,
+        models,
+        plotting,
+        quiz,
+        report,
+        schematics,
+        widgets,
+    )
     from .rank import Audit, audit
     from .recursion import Recovery, recover
     from .sharing import observe
@@ -59,6 +70,7 @@ _HOMES = {
 _KIT = (
     "data",
     "language",
+    "layer_drawings",
     "metrics",
     "models",
     "plotting",
@@ -88,6 +100,7 @@ __all__ = [
     "kit",
     "labels",
     "language",
+    "layer_drawings",
     "metrics",
     "models",
     "networks",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 from . import checks
+from .checks import checked
 from .dropout import classifier
 from .errors import InvalidArgumentError, InvalidTensorError
 from .noise import each_gradient
@@ -20,6 +21,7 @@ from .sharing import Update
 __all__ = ["Bottleneck", "half", "quantize", "sign", "soteria"]
 
 
+@checked
 def quantize(update: Update, bits: int, generator: torch.Generator | None = None) -> Update:
     r""":math:`g \leftarrow \tfrac{s}{q}\,\operatorname{round}(\tfrac{q}{s}\, g)`.
 
@@ -64,6 +66,7 @@ def quantize(update: Update, bits: int, generator: torch.Generator | None = None
     return each_gradient(update, rounded)
 
 
+@checked
 def sign(update: Update) -> Update:
     r""":math:`g \leftarrow \operatorname{sign}(g)`: one bit an entry, all sizes gone.
 
@@ -84,6 +87,7 @@ def sign(update: Update) -> Update:
     return each_gradient(update, torch.sign)
 
 
+@checked
 def half(update: Update) -> Update:
     r""":math:`g \leftarrow \operatorname{float16}(g)`: 11 binary digits, nothing under 6e-8.
 
@@ -105,6 +109,7 @@ def half(update: Update) -> Update:
     return replace(update, gradients=gradients)
 
 
+@checked
 def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: float) -> Update:
     r""":math:`\partial L/\partial W_{:,i} \leftarrow 0` where :math:`\lVert \partial r_i/\partial x\rVert / |r_i|` is least.
 

@@ -25,6 +25,7 @@ LARGEST_GB = 4.0  # a matrix above this is refused: LayerSystem needs none
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
+@checked
 def as_dense(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
     r""":math:`z = T x + b,\quad T_{(f,p),(c,q)} = W_{f,c,u}` where :math:`q = p + u`, else 0.
 
@@ -195,8 +196,6 @@ def recover_input_as_dense(
 
 def _pixels(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
     """Which pixel each weight of a filter meets at each position, ``(groups, P, J)``; −1: none."""
-    for size in input_shape:
-        checks.whole(size, "every size of input_shape")
     count = torch.arange(1, math.prod(input_shape) + 1, dtype=torch.float64)
     seen = patches(conv, count.reshape(1, *input_shape))[0] - 1
     by_group = seen.long().reshape(len(seen), conv.groups, -1).movedim(1, 0)

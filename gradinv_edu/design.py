@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .checks import checked
 from .errors import InvalidArgumentError, InvalidTensorError, UnsupportedLayerError
 from .recursion import Recovery
 from .sharing import Loss, Update, observe
@@ -17,6 +18,7 @@ from .systems import LayerSystem
 __all__ = ["accuracy", "filter_bound", "most_likely_input", "train"]
 
 
+@checked
 def filter_bound(
     channels: int, size: int, kernel: int, stride: int = 1, padding: int = 0, *, rate: float = 0.0
 ) -> int:
@@ -35,8 +37,10 @@ def filter_bound(
     kernel, stride, padding : int
         Of the convolution.
     rate : float
-        Of dropout right above it. A share :math:`1 - p` of the weight constraints stays; and
-        of the dependences :math:`F`, since the others need outputs that were dropped.
+        Of dropout right above it. On the mean a share :math:`1 - p` of the weight constraints
+        stays, so that with a rate the bound is one of the mean: a single mask may keep more
+        (:func:`~gradinv_edu.dropout.recovery_chance`). Of the dependences :math:`F` are left,
+        since the others need outputs that were dropped.
 
     Returns
     -------
@@ -131,6 +135,7 @@ def _halves(model: nn.Sequential) -> tuple[nn.Module, nn.Sequential]:
     return layers[0], nn.Sequential(*layers[1:])
 
 
+@checked
 def train(
     model: nn.Module,
     loss: Loss,
@@ -200,6 +205,7 @@ def train(
     return student
 
 
+@checked
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     """Share of samples whose largest logit is at their label, in evaluation mode.
 
@@ -222,7 +228,8 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     """
     checks.as_many(inputs, targets)
     network = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        logits = network(inputs.to(next(network.parameters()).dtype))
+    like = next(network.parameters(), inputs)
+    with torch.no_grad(), checks.fitting("Model and inputs do not fit"):
+        logits = network(inputs.to(like))
     checks.finite(logits, "The model's output")
-    return float((logits.argmax(1) == targets).double().mean())
+    return float((logits.argmax(1) == targets.to(logits.device)).double().mean())

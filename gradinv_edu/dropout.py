@@ -7,11 +7,13 @@ import copy
 from torch import nn
 
 from . import checks
+from .checks import checked
 from .errors import UnsupportedLayerError
 
-__all__ = ["classifier", "with_dropout"]
+__all__ = ["classifier", "recovery_chance", "with_dropout"]
 
 
+@checked
 def with_dropout(model: nn.Sequential, rate: float) -> nn.Sequential:
     r""":math:`a \leftarrow \tfrac{1}{1-p}\, m \odot a`, :math:`m_i \sim \text{Bernoulli}(1-p)`.
 
@@ -47,6 +49,7 @@ def with_dropout(model: nn.Sequential, rate: float) -> nn.Sequential:
     return nn.Sequential(*layers[:place], nn.Dropout(rate), *layers[place:]).train(model.training)
 
 
+@checked
 def classifier(model: nn.Module) -> int:
     """Place of a sequential model's classifier, its last dense layer.
 
@@ -74,3 +77,39 @@ def classifier(model: nn.Module) -> int:
     if not places:
         raise UnsupportedLayerError("The model has no dense layer, so no classifier.")
     return places[-1]
+
+
+def recovery_chance(
+    filters: int, channels: int, size: int, kernel: int, rate: float, *,
+    stride: int = 1, padding: int = 0,
+) -> float:  # fmt: skip
+    r""":math:`\Pr[K \ge n - F c f^2 + F],\; K \sim \operatorname{Bin}(F P,\, 1 - p)`.
+
+    The chance that a mask leaves enough features for one convolution below it: :math:`K` of its
+    :math:`F P` outputs are kept, its gradient gives :math:`F c f^2` equations, and :math:`F`
+    depend on others. Implements :eq:`dropout-chance`.
+
+    Parameters
+    ----------
+    filters, kernel, stride, padding : int
+        Of the convolution: :math:`F`, :math:`f` and the rest.
+    channels, size : int
+        Of the square picture: :math:`c`, and :math:`n = c \cdot \text{size}^2`.
+    rate : float
+        :math:`p`, in (0, 1).
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is impossible.
+    """
+    from scipy.stats import binom
+
+    wholes = ((filters, "filters"), (channels, "channels"), (size, "size"), (kernel, "kernel"))
+    for value, name in (*wholes, (stride, "stride")):
+        checks.whole(value, name)
+    checks.whole(padding, "padding", 0)
+    checks.number(rate, "rate", "in (0, 1)", lambda p: 0 < p < 1)
+    positions = ((size + 2 * padding - kernel) // stride + 1) ** 2
+    needed = channels * size**2 - filters * channels * kernel**2 + filters
+    return float(binom.sf(needed - 1, filters * positions, 1 - rate))

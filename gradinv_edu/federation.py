@@ -48,6 +48,7 @@ from .engine.client import (
     Weights,
     client_app,
     first_layer_ratio,
+    similar_rows,
 )
 from .engine.flower import error_reply, quiet, secure_aggregation, simulate
 from .engine.progress import Deadline, OutOfTime
@@ -55,11 +56,12 @@ from .engine.progress import Deadline, OutOfTime
 __all__ = [
     "Attempt", "CuriousServer", "Failure", "LeakAudit", "Limits", "Received", "Report",
     "Schedule", "SecureRound", "client_app", "first_layer_ratio", "quiet", "relative_leakage",
-    "secure_round", "simulate", "update_from_weights",
+    "secure_round", "similar_rows", "simulate", "update_from_weights",
 ]  # fmt: skip
 
 log = logging.getLogger("gradinv_edu.federation")
 Policy = Literal["warn", "noise", "withhold"]
+CRAFTED = 0.5  # share of similar rows from which weights are no accident
 STATE = "gradinv_edu.audit"  # the audit's place in a client's context, which does not travel
 
 
@@ -283,13 +285,14 @@ class LeakAudit:
     """A Flower mod that attacks its own client's update before it leaves.
 
     One line in a client app: ``ClientApp(mods=[LeakAudit(model, loss, data)])``. Put it first, so
-    that it sees what leaves last, after the other mods. Once, it audits the architecture; on each
-    update it runs the course's attacks within a budget of seconds, scores what they recover
-    against the client's own data, logs a report, and acts. Nothing of the report is sent.
+    that it sees what leaves last, after the other mods. Before it trains, it looks at the weights
+    that came (:func:`similar_rows`); once, it audits the architecture; on each update it runs the
+    course's attacks within a budget of seconds, scores what they recover against the client's own
+    data, logs a report, and acts. Nothing of the report is sent.
 
-    It fails closed: under ``"noise"`` and ``"withhold"`` an update is kept back also if no attack
-    came to an end in time on a network whose architecture leaks, or if the audit itself failed.
-    An update that passes has withstood these attacks, no more.
+    It fails closed: under ``"noise"`` and ``"withhold"`` an update is kept back also if the budget
+    ended any of the attacks, or if the audit itself failed; on weights that look crafted the
+    client does not train at all. An update that passes has withstood these attacks, no more.
 
     Parameters
     ----------
@@ -302,8 +305,7 @@ class LeakAudit:
         as much; or send it and say so. Noise that stops these attacks promises nothing about
         others: for a promise take Flower's ``LocalDpMod``. UnknownNameError if there is no such.
     attackers : iterable of str
-        Names of those to try, in this order, until one reaches a limit; ``"matching"`` (gradient
-        matching) takes all the time there is. UnknownNameError if there is no such.
+        Those to try, in this order, until one reaches a limit; UnknownNameError if not known.
     limits : Limits
         What counts as a leak.
     seconds : float
@@ -360,30 +362,32 @@ class LeakAudit:
         if not message.metadata.message_type.startswith("train"):
             return call_next(message, context)
         start, told = client.sent(message)  # read first: a mod below may work in place
+        number = int(context.node_config.get("partition-id", context.node_id))
+        blank = Report(number, int(told.get("server-round", 0)))
+        share = similar_rows(start)
+        if share > CRAFTED and self.policy != "warn":
+            reason = f"not trained: {share:.0%} of the first layer's rows are alike, as if crafted"
+            return self._keep(replace(blank, action="withheld", reason=reason), message)
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        number = int(context.node_config.get("partition-id", context.node_id))
-        blank = Report(number, int(told.get("server-round", 0)))
-        report = self._audit(context, start, told, reply, blank)
+        return self._keep(self._audit(context, start, told, reply, blank), message, reply)
+
+    def _keep(self, report: Report, message: Message, reply: Message | None = None) -> Message:
+        """Log and store the report, and answer as it says."""
         self.reports.append(report)
         log.log(logging.INFO if report.action == "sent" else logging.WARNING, "%s", report)
         if self.folder is not None:
-            with (Path(self.folder) / f"client-{number}.jsonl").open("a") as file:
+            with (Path(self.folder) / f"client-{report.client}.jsonl").open("a") as file:
                 file.write(json.dumps(asdict(report)) + "\n")
-        if report.action == "withheld":
+        if reply is None or report.action == "withheld":
             reason = "update withheld by the client's own audit"
             return error_reply(message, ErrorCode.MOD_FAILED_PRECONDITION, reason)
         return reply
 
     def _audit(
-        self,
-        context: Context,
-        start: Weights,
-        told: dict[str, Any],
-        reply: Message,
-        report: Report,
-    ) -> Report:
+        self, context: Context, start: Weights, told: dict[str, Any], reply: Message, report: Report
+    ) -> Report:  # fmt: skip
         """Attack, decide, and put noise into the reply if that is the policy."""
         unsure = "sent with a warning" if self.policy == "warn" else "withheld"
         end = time.monotonic() + self.seconds
@@ -391,8 +395,7 @@ class LeakAudit:
             inputs = self.data(context)[0]
             if inputs.dtype != torch.long:  # words of a language model are no numbers
                 inputs = checks.finite(inputs, "The client's inputs")
-            leaky, verdict = self._architecture(context, inputs, end)
-            report = replace(report, architecture=verdict)
+            report = replace(report, architecture=self._architecture(context, inputs, end))
             model = copy.deepcopy(self.model)
             _same_architecture(model.state_dict(), start)
             model.load_state_dict(start)
@@ -406,8 +409,9 @@ class LeakAudit:
         report = replace(report, attempts=attempts)
         leak = next((a for a in attempts if a.leaks), None)
         if leak is None:
-            if leaky and all(a.outcome == "out of time" for a in attempts):
-                reason = "no attack ended in time, and the architecture leaks"
+            cut = [a.attack for a in attempts if a.outcome == "out of time"]
+            if cut:
+                reason = f"no attack reached a limit, and time ran out for {', '.join(cut)}"
                 return replace(report, action=unsure, reason=reason)
             return replace(report, action="sent", reason="no attack reached a limit")
         report = replace(report, action=unsure, reason=f"{leak.attack} recovers the data")
@@ -422,22 +426,22 @@ class LeakAudit:
         reply.content[next(iter(reply.content.array_records))] = ArrayRecord(weights)
         return replace(report, action="sent with noise", sigma=sigma)
 
-    def _architecture(self, context: Context, inputs: Tensor, end: float) -> tuple[bool, str]:
-        """Whether the network gives one sample away, and the verdict; computed once a client."""
+    def _architecture(self, context: Context, inputs: Tensor, end: float) -> str:
+        """Whether the network gives one sample away, in words; computed once a client."""
         records = context.state.config_records
         if STATE not in records and inputs.dtype == torch.long:
             verdict = "a language model: no pictures to audit, its words are looked for"
-            records[STATE] = ConfigRecord({"exact": True, "verdict": verdict})
+            records[STATE] = ConfigRecord({"verdict": verdict})
         if STATE not in records:
             input_shape = tuple(inputs.shape[1:])
             try:
                 with Deadline(end):
                     found = rank.audit(self.model, input_shape, jacobian=False)
-                kept = ConfigRecord({"exact": found.exact, "verdict": found.reason})
+                verdict = found.reason
             except GradientInversionError as error:
-                kept = ConfigRecord({"exact": False, "verdict": f"not audited: {error}"})
-            records[STATE] = kept
-        return bool(records[STATE]["exact"]), str(records[STATE]["verdict"])
+                verdict = f"not audited: {error}"
+            records[STATE] = ConfigRecord({"verdict": verdict})
+        return str(records[STATE]["verdict"])
 
     def _attack(
         self, model: nn.Module, update: Update, inputs: Tensor, end: float

@@ -63,7 +63,7 @@ def recover_input(
     bias_gradient: Float[Tensor, " m"] | None,
     method: str = "svd",
 ) -> Float[Tensor, " n"]:
-    r""":math:`x = v_{1:n} / v_{n+1}`, with :math:`[\,G \mid k\,] \approx \sigma_1 u v^\top`.
+    r""":math:`x = v_{1:n} / v_{n+1}`, with :math:`[\,G \mid k\,] \approx d\,u v^\top`.
 
     Every row of a dense layer's gradient is one perceptron's and says the same ``x``; under
     noise in both parts the maximum-likelihood answer is total least squares, the leading right

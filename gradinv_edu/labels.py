@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, fully_connected, schedule
+from .checks import checked
 from .errors import GradientInversionError, InvalidArgumentError, UnsupportedLayerError
 from .sharing import Loss, Update
 
 __all__ = ["recover_labels"]
 
 
+@checked
 def recover_labels(
     model: nn.Module,
     update: Update,

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .errors import InvalidTensorError
+from .checks import checked
 from .sharing import Update
 
 __all__ = ["add_noise", "clip", "each_gradient"]
 
 
+@checked
 def clip(update: Update, norm: float) -> Update:
     r""":math:`g \leftarrow g \cdot \min(1,\, C / \lVert g \rVert)`, over all parameters together.
 
@@ -47,6 +48,7 @@ def clip(update: Update, norm: float) -> Update:
     return each_gradient(update, lambda g: g * (norm / max(size, norm)))
 
 
+@checked
 def add_noise(update: Update, sigma: float, generator: torch.Generator | None = None) -> Update:
     r""":math:`g \leftarrow g + \mathcal N(0, \sigma^2)`, to every entry on its own.
 
@@ -77,6 +79,7 @@ def add_noise(update: Update, sigma: float, generator: torch.Generator | None = 
     return each_gradient(update, noisy)
 
 
+@checked
 def each_gradient(update: Update, change: Callable[[Tensor], Tensor]) -> Update:
     r""":math:`g_j \leftarrow f(g_j)`: change every tensor in float64, and keep names and dtypes.
 
@@ -92,10 +95,6 @@ def each_gradient(update: Update, change: Callable[[Tensor], Tensor]) -> Update:
     InvalidTensorError
         If it is no update, or holds NaN or infinite entries.
     """
-    if not isinstance(update, Update):
-        raise InvalidTensorError(
-            f"A defense takes an Update, as from observe(), got {type(update).__name__}."
-        )
     changed = {
         name: change(checks.finite(g, f"The gradient of {name}")).to(g.dtype)
         for name, g in update.gradients.items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, schedule
+from .checks import checked
 from .engine import guess, search
 from .engine.search import Method
 from .errors import (
@@ -49,6 +50,7 @@ def _size(gradient: Sequence[Tensor]) -> Tensor:
     return sum((g.square().sum() for g in gradient[1:]), gradient[0].square().sum())
 
 
+@checked
 def total_variation(x: Tensor) -> Tensor:
     r""":math:`\mathrm{TV}(x) = \overline{|\partial_j x|} + \overline{|\partial_i x|}`.
 
@@ -62,6 +64,8 @@ def total_variation(x: Tensor) -> Tensor:
     Tensor
         One number, differentiable.
     """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise InvalidTensorError(f"x must be pictures of real numbers, got {x.dtype}, {x.shape}.")
     return x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()
 
 
@@ -113,6 +117,7 @@ class Match:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@checked
 def match_gradients(
     model: nn.Module,
     update: Update,
@@ -228,7 +233,7 @@ def match_gradients(
     if targets is None and not plan.guesses_labels:
         labels = recover_labels(model, update, loss, tuple(input_shape))
     if labels is not None:
-        if not isinstance(labels, Tensor) or len(labels) != update.samples:
+        if not labels.ndim or len(labels) != update.samples:
             raise InvalidTensorError(f"targets must be a tensor of {update.samples} labels.")
         labels = labels.detach().to(like.device, like.dtype if labels.is_floating_point() else None)
     runs: list[search.Descent] = []
@@ -263,8 +268,6 @@ def _method(
     """The method by its name, with what the caller set instead."""
     if name not in METHODS:
         raise UnknownNameError(f"No method {name!r}; there are {', '.join(METHODS)}.")
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise InvalidArgumentError(f"input_shape is a tuple such as (3, 32, 32); got {shape!r}.")
     picture = len(shape) == 3 and min(shape[1:]) > 1  # a column has no neighbours
     if weight and not picture:
         raise InvalidArgumentError(

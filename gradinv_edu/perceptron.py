@@ -125,22 +125,24 @@ def mixture(
 def noise_error(
     inputs: Float[Tensor, " n"], bias_gradient: Float[Tensor, ""], sigma: float
 ) -> float:
-    r""":math:`\frac{\sigma}{|k|} \frac{\sqrt{n + |x|^2}}{|x|}`: relative error under noise.
+    r""":math:`\frac{\tau}{|k|} \frac{\sqrt{n + |x|^2}}{|x|}`: relative error under noise.
 
-    Root mean square, to first order, if independent Gaussian noise was added to every entry of
-    the gradient; trustworthy where it is small against :math:`|k|`. Implements :eq:`noise-error`.
+    The typical error, to first order, if independent Gaussian noise was added to every entry of
+    the gradient, while :math:`\tau \ll |k|`. A ratio of Gaussians has no mean: compare medians.
+    Implements :eq:`noise-error`.
 
     Parameters
     ----------
     inputs, bias_gradient : Tensor, (n,) and ()
         The true :math:`x` and :math:`k = \partial L/\partial b`.
     sigma : float
-        Standard deviation :math:`\sigma` of the noise, zero or positive.
+        Standard deviation :math:`\tau` of the noise, zero or positive.
     """
     checks.number(sigma, "sigma", "zero or positive", lambda v: v >= 0)
-    size = float(checks.not_all_zero(inputs, "inputs").norm())
+    largest = float(checks.not_all_zero(inputs, "inputs").abs().max())
+    size = largest * float((inputs / largest).norm())  # squares of tiny entries would vanish
     k = float(checks.not_all_zero(bias_gradient, "bias_gradient"))
-    return sigma / abs(k) * math.hypot(math.sqrt(inputs.numel()), size) / size
+    return sigma / abs(k) * math.hypot(math.sqrt(inputs.numel()) / size, 1.0)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -15,10 +15,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from . import checks
-from .errors import InvalidArgumentError, UnsupportedLayerError, UnsupportedLossError
+from .checks import checked
+from .errors import (
+    InvalidArgumentError,
+    InvalidTensorError,
+    UnsupportedLayerError,
+    UnsupportedLossError,
+)
 from .sharing import Update, observe
 
-__all__ = ["PrivateUpdate", "dp_sgd", "privacy_spent", "train_privately"]
+__all__ = [
+    "PrivateUpdate",
+    "dp_sgd",
+    "gaussian_delta",
+    "gaussian_sigma",
+    "privacy_spent",
+    "train_privately",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class PrivateUpdate:
     delta: float
 
 
+@checked
 def dp_sgd(
     model: nn.Module,
     loss: nn.Module,
@@ -104,6 +118,7 @@ def dp_sgd(
     return PrivateUpdate(Update(gradients, batch_size=len(x), samples=len(x)), epsilon, delta)
 
 
+@checked
 def privacy_spent(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float = 1e-5
 ) -> float:
@@ -139,6 +154,67 @@ def privacy_spent(
         return float(accountant.get_epsilon(delta, alphas=orders))
 
 
+def gaussian_delta(sigma: float, epsilon: float, sensitivity: float = 1.0) -> float:
+    r""":math:`\delta = \Phi(\tfrac1{2s} - \varepsilon s) - e^\varepsilon \Phi(-\tfrac1{2s} - \varepsilon s)`.
+
+    :math:`s = \sigma/\Delta`: the smallest :math:`\delta` with which one answer under Gaussian
+    noise is :math:`(\varepsilon, \delta)`-private, for every :math:`\varepsilon > 0`. Implements
+    :eq:`gaussian-mechanism`.
+
+    Parameters
+    ----------
+    sigma : float
+        Standard deviation of the noise, an entry.
+    epsilon : float
+        :math:`\varepsilon`.
+    sensitivity : float
+        :math:`\Delta`: how far apart, in norm, two neighbouring data sets can bring the answer.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is not positive.
+
+    Notes
+    -----
+    Source: Balle and Wang (2018).
+    """  # noqa: E501
+    from scipy.special import log_ndtr
+
+    for value, name in ((sigma, "sigma"), (epsilon, "epsilon"), (sensitivity, "sensitivity")):
+        checks.number(value, name, "a positive number", lambda v: v > 0)
+    half, shift = sensitivity / (2 * sigma), epsilon * sigma / sensitivity
+    first, second = log_ndtr(half - shift), log_ndtr(-half - shift)
+    return float(math.exp(first) - math.exp(min(epsilon + second, 0.0)))
+
+
+def gaussian_sigma(epsilon: float, delta: float = 1e-5, sensitivity: float = 1.0) -> float:
+    r"""The least :math:`\sigma` for which :func:`gaussian_delta` is :math:`\delta` or less.
+
+    Parameters
+    ----------
+    epsilon, delta : float
+        The promise wanted.
+    sensitivity : float
+        As for :func:`gaussian_delta`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is impossible.
+    """
+    from scipy.optimize import brentq
+
+    checks.number(epsilon, "epsilon", "a positive number", lambda v: v > 0)
+    checks.number(delta, "delta", "between 0 and 1", lambda v: 0 < v < 1)
+    checks.number(sensitivity, "sensitivity", "a positive number", lambda v: v > 0)
+    least, most = 1e-6, 1.0
+    while gaussian_delta(most, epsilon) > delta:
+        most *= 2
+    return float(sensitivity * brentq(lambda s: gaussian_delta(s, epsilon) - delta, least, most))
+
+
+@checked
 def train_privately(
     model: nn.Module,
     loss: nn.Module,
@@ -218,6 +294,11 @@ def _check(model: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, n
     checks.number(norm, "norm", "a positive number", lambda v: v > 0)
     if getattr(loss, "reduction", "mean") not in ("mean", "sum"):
         raise UnsupportedLossError(f"{loss!r} is no one number: use reduction='mean' or 'sum'.")
+    checks.as_many(inputs, targets)
+    types = {p.dtype for p in model.parameters()} | {inputs.dtype}
+    if len(types) > 1:
+        said = ", ".join(sorted(map(str, types)))
+        raise InvalidTensorError(f"Model and inputs must have one dtype; they have {said}.")
     validator = _opacus("opacus.validators").ModuleValidator
     problems = validator.validate(copy.deepcopy(model).train(), strict=False)
     if problems:
@@ -225,7 +306,6 @@ def _check(model: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, n
         raise UnsupportedLayerError(f"Opacus has no per-sample gradient for this model: {reason}")
     observe(model, loss, inputs[:1], targets[:1])  # says what does not fit
     checks.finite(inputs, "inputs")
-    checks.as_many(inputs, targets)
 
 
 def _opacus(module: str) -> Any:

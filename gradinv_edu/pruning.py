@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 
+@checked
 def keep_largest(update: Update, fraction: float) -> Update:
     r""":math:`g \leftarrow M \odot g`, :math:`M = 1` at the entries of largest size (top-k).
 
@@ -48,6 +49,7 @@ def keep_largest(update: Update, fraction: float) -> Update:
     )
 
 
+@checked
 def keep_random(
     update: Update,
     fraction: float,
@@ -131,6 +133,7 @@ def _rank_one(G: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return x, k
 
 
+@checked
 def complete_pruned(model: nn.Sequential, update: Update, loss: nn.CrossEntropyLoss) -> Update:
     r""":math:`\partial L/\partial W = k\,x^\top` where it was pruned; what stays unknown, left out.
 
@@ -217,6 +220,7 @@ def entries_kept(fraction: float, entries: int) -> int:
         If ``fraction`` is not in (0, 1].
     """
     checks.number(fraction, "fraction", "the share that is kept, in (0, 1]", lambda v: 0 < v <= 1)
+    checks.whole(entries, "entries", 0)
     return min(entries, math.ceil(fraction * entries - 1e-9))  # 0.07 · 100 is a little over 7
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks
+from .checks import checked
 from .errors import UnsupportedLossError
 from .sharing import Loss, Update, without_weight_decay
 
@@ -17,6 +18,7 @@ __all__ = ["average_gradient", "effective_steps", "simulated_update"]
 Gradients = Mapping[str, Tensor]
 
 
+@checked
 def simulated_update(
     model: nn.Module, update: Update, loss: Loss, inputs: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
@@ -59,9 +61,10 @@ def simulated_update(
         given = f"inputs {tuple(x.shape)} and targets {tuple(y.shape)}, {y.dtype}"
         with checks.fitting(f"Model and loss do not take {given}"):
             value = loss(functional_call(model, {**theta, **frozen, **buffers}, (x,)), y)
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise UnsupportedLossError(
-                "The loss must be one number: use reduction='mean' or 'sum'."
+                "The loss must be one number that depends on the output: use reduction='mean' or "
+                "'sum'."
             )
         found = torch.autograd.grad(
             value.sum(), list(theta.values()),
@@ -113,6 +116,7 @@ class _Adam:
         return {n: self.mean[n] / one / sizes[n] for n in pull}
 
 
+@checked
 def effective_steps(update: Update) -> float:
     r""":math:`\sum_t c_t`: as how many plain gradients an update of small steps counts.
 
@@ -128,6 +132,7 @@ def effective_steps(update: Update) -> float:
     return total
 
 
+@checked
 def average_gradient(model: nn.Module, update: Update) -> Update:
     r""":math:`\bar g = \sum_t c_t g_t / \sum_t c_t`: an update, taken for one plain gradient.
 

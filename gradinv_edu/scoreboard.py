@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from . import checks, data, metrics, models
 from .engine import attackers, sweep
 from .engine.attackers import ATTACKERS
-from .engine.defenses import DEFENSES, Defense
-from .engine.price import Data, Net, price
+from .engine.defenses import DEFENSES
+from .engine.price import Data, Net, price, trained
 from .engine.results import SUCCESS, best, draw, table
 from .errors import (
     DoesNotApplyError,
@@ -43,6 +43,7 @@ __all__ = [
     "NETS",
     "PRICE",
     "SUCCESS",
+    "TRAINED",
     "DoesNotApplyError",
     "Settings",
     "baselines",
@@ -60,10 +61,11 @@ __all__ = [
 
 FILE = Path(__file__).parents[1] / "book" / "data" / "scoreboard.json"
 LOSS = nn.CrossEntropyLoss()
-CLASSES, PRICE = 10, "price"
+CLASSES, PRICE, TRAINED = 10, "price", ", trained"
 CEILING = 200.0  # dB; beyond, figures are the machine's
 SEEDS = (
-    "trial t: weights 1000 + t, client t, attacker 2000 + t; training s: weights 1000 + s, client s"
+    "trial t: weights 1000 + t, client t, attacker 2000 + t; "
+    "training s: weights 1000 + s, client s; a trained network's trial t: training t mod seeds"
 )
 
 Cell = dict[str, Any]
@@ -80,6 +82,7 @@ NETS = {
         lambda s, g: models.wide_cnn(s, CLASSES, 0.5, bias=True, generator=g), 200, 0.5
     ),
 }  # fmt: skip
+KNOWN = [*NETS, *(f"{name}{TRAINED}" for name in NETS)]  # each also after its training
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ class Settings:
     ----------
     data : {"digits", "cifar10"}
         scikit-learn's 8×8 digits, or CIFAR-10 where the reader has it.
-    pictures, seeds : int
-        Attacked in each cell, at least (a batch takes the next multiple of its size); trainings
-        for each price.
+    pictures, searched : int
+        Attacked in each cell by equations, and by a search (a batch takes the next multiple of
+        its size).
+    seeds : int
+        Trainings for each price; their networks are those that are attacked as trained ones.
     steps : int
         Of signed Adam; of L-BFGS, twenty iterations each, a twentieth of them.
 
@@ -104,12 +109,13 @@ class Settings:
 
     data: str = "digits"
     pictures: int = 4
+    searched: int = 4
     seeds: int = 1
     steps: int = 100
 
     def __post_init__(self) -> None:
         _one_of(self.data, ("digits", "cifar10"))
-        for name, least in (("pictures", 1), ("seeds", 1), ("steps", 20)):
+        for name, least in (("pictures", 1), ("searched", 1), ("seeds", 1), ("steps", 20)):
             checks.whole(getattr(self, name), name, least)
 
 
@@ -195,27 +201,32 @@ def measure(key: Key, settings: Settings | None = None, root: str | None = None)
     """
     _known(key)
     settings = settings or Settings()
-    pictures = load_data(settings.data, root)
-    net, defense = NETS[key[0]], DEFENSES[key[1]]
+    name, defense = settings.data, DEFENSES[key[1]]
+    pictures = load_data(name, root)
     quiet = warnings.catch_warnings(action="ignore")  # torch warns of what it looks up in passing
     with quiet, torch.backends.mkldnn.flags(enabled=False):  # tiny convolutions are faster so
         try:
             if key[2] == PRICE:
-                return price(net, defense, pictures, settings.seeds)
-            return _attacked(net, defense, ATTACKERS[key[2]], pictures, settings)
+                seeds = range(settings.seeds)
+                return price(defense, pictures, (_network(*key[:2], s, name, root) for s in seeds))
+            return _attacked(key, pictures, settings, root)
         except DoesNotApplyError as reason:
             return {"does_not_apply": str(reason)}
 
 
-def _attacked(
-    net: Net, defense: Defense, attacker: attackers.Attacker, pictures: Data, settings: Settings
-) -> Cell:
+def _attacked(key: Key, pictures: Data, settings: Settings, root: str | None) -> Cell:
+    defense, attacker = DEFENSES[key[1]], ATTACKERS[key[2]]
+    net = NETS[key[0].removesuffix(TRAINED)]
     cell: Cell = {"psnr": [], "ssim": []} | ({"exact": []} if attacker.promises else {})
     errors: dict[str, int] = {}
-    spent, trials, shape = 0.0, -(-settings.pictures // defense.samples), pictures.x.shape[1:]
+    count = settings.searched if attacker.searches else settings.pictures
+    spent, trials, shape = 0.0, -(-count // defense.samples), pictures.x.shape[1:]
     for trial in range(trials):
-        weights = _seeded(1000 + trial)
-        model = defense.build(net.make(shape, weights), shape, weights)
+        if key[0].endswith(TRAINED):
+            model, _ = _network(*key[:2], trial % settings.seeds, settings.data, root)
+        else:
+            weights = _seeded(1000 + trial)
+            model = defense.build(net.make(shape, weights), shape, weights)
         victims = slice(trial * defense.samples, (trial + 1) * defense.samples)
         truth = pictures.test_x[victims]
         update = defense.send(
@@ -244,6 +255,23 @@ def _attacked(
             if attacker.promises:
                 cell["exact"].append(exact)
     return {**cell, **({"errors": errors} if errors else {}), "seconds": round(spent / trials, 3)}
+
+
+def _network(
+    net: str, defense: str, seed: int, data: str, root: str | None
+) -> tuple[nn.Sequential, float | None]:
+    # training takes batches anyway
+    row = "none" if DEFENSES[defense].kind == "batch" else defense
+    return _trained(net.removesuffix(TRAINED), row, seed, data, root)
+
+
+@cache
+def _trained(
+    net: str, defense: str, seed: int, data: str, root: str | None
+) -> tuple[nn.Sequential, float | None]:
+    """Trained once behind its defense, for its price and all attackers."""
+    model, epsilon = trained(NETS[net], DEFENSES[defense], load_data(data, root), seed)
+    return model.train(), epsilon
 
 
 def baselines(settings: Settings | None = None, root: str | None = None) -> dict[str, list[float]]:
@@ -275,6 +303,8 @@ def keys(
 ) -> list[Key]:
     """List the board's cells, or those of some networks, defenses, and attackers or the price.
 
+    Without ``nets``: the networks at their first weights.
+
     Raises
     ------
     UnknownNameError
@@ -285,6 +315,7 @@ def keys(
         for net in (NETS if nets is None else nets)
         for row in (DEFENSES if rows is None else rows)
         for column in ((*ATTACKERS, PRICE) if columns is None else columns)
+        if column != PRICE or not net.endswith(TRAINED)  # the price is one of training anyway
     ]
     for key in found:
         _known(key)
@@ -292,7 +323,7 @@ def keys(
 
 
 def _known(key: Key) -> None:
-    for name, known in zip(key, (list(NETS), list(DEFENSES), [*ATTACKERS, PRICE]), strict=True):
+    for name, known in zip(key, (KNOWN, list(DEFENSES), [*ATTACKERS, PRICE]), strict=True):
         _one_of(name, known)
 
 
@@ -380,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", default=str(FILE))
     for name in ("nets", "defenses", "attackers"):
         parser.add_argument(f"--{name}", nargs="+", metavar="NAME")
-    for name in ("pictures", "seeds", "steps"):
+    for name in ("pictures", "searched", "seeds", "steps"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings(), name))
     parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
     parser.add_argument("--ray", action="store_true", help="a Ray cluster (RAY_ADDRESS)")
@@ -388,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         kind = "cifar10" if given.cifar10 else "digits"
-        settings = Settings(kind, given.pictures, given.seeds, given.steps)
+        settings = Settings(kind, given.pictures, given.searched, given.seeds, given.steps)
         cells = keys(given.nets, given.defenses, given.attackers)
         run(given.file, settings=settings, cells=cells, root=given.cifar10,
             workers=given.workers, ray=given.ray)  # fmt: skip

@@ -14,6 +14,7 @@ from torch.optim.adam import adam  # their classes would load torch's compiler
 from torch.optim.sgd import sgd
 
 from . import checks
+from .checks import checked
 from .errors import InvalidArgumentError, InvalidTensorError, UnsupportedLossError
 from .update import Update
 
@@ -22,6 +23,7 @@ __all__ = ["Loss", "Update", "observe", "without_weight_decay"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+@checked
 def observe(
     model: nn.Module,
     loss: Loss,
@@ -65,7 +67,7 @@ def observe(
     Notes
     -----
     Implements :eq:`sum-of-steps`. :math:`g_t` is the gradient at step :math:`t`; plain SGD has
-    :math:`c_t = 1`, momentum :math:`\mu` has :math:`c_t = (1 - \mu^{T-t+1})/(1 - \mu)`. For
+    :math:`c_t = 1`, momentum :math:`\beta` has :math:`c_t = (1 - \beta^{T-t+1})/(1 - \beta)`. For
     weight decay see :func:`without_weight_decay`; Adam has no such :math:`c_t`.
     Raises as :class:`Update` does, and InvalidTensorError if samples, targets, loss and model do
     not fit together, an entry is not finite, or there is nothing to train.
@@ -123,15 +125,16 @@ def observe(
     return update
 
 
+@checked
 def without_weight_decay(model: nn.Module, update: Update) -> Update:
     r""":math:`\sum_t c_t\, g_t = (\alpha_T \theta_0 - \theta_T)/\eta`: known decay, taken out.
 
-    SGD with momentum :math:`\mu` and decay :math:`\lambda` is linear in the first weights
+    SGD with momentum :math:`\beta` and decay :math:`\lambda` is linear in the first weights
     :math:`\theta_0`, those of ``model``, and the gradients :math:`g_t`:
 
     .. math::
 
-       v_t = \mu\, v_{t-1} + g_t + \lambda\, \theta_{t-1}, \qquad
+       v_t = \beta\, v_{t-1} + g_t + \lambda\, \theta_{t-1}, \qquad
        \theta_t = \theta_{t-1} - \eta\, v_t
        \quad\Longrightarrow\quad
        \theta_T = \alpha_T\, \theta_0 - \eta \sum_t c_t\, g_t .

@@ -196,6 +196,7 @@ def untied(
     )
 
 
+@checked
 def adapter_capacity(rank: int, adapters: int, rounds: int, width: int) -> int:
     r""":math:`\min\bigl(D,\; r \cdot a \cdot (R - 1)\bigr)` distinct inputs, for ``R`` rounds.
 
@@ -217,6 +218,7 @@ def adapter_capacity(rank: int, adapters: int, rounds: int, width: int) -> int:
     return min(D, r * a * (R - 1))
 
 
+@checked
 def recover_tokens(
     model: nn.Module | Sequence[nn.Module],
     update: Update | Sequence[Update],

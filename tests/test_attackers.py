@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gradinv_edu.errors import (
     DoesNotApplyError,
     GradientInversionError,
     InvalidArgumentError,
+    InvalidTensorError,
     UnknownNameError,
 )
 
@@ -69,6 +71,21 @@ def test_who_is_sure_is_right(defense: str, net: str) -> None:
         if answer.exact:
             victims = X[: given.update.samples].double()
             assert metrics.psnr(scoreboard.matched(answer.inputs, victims), victims) > 40, name
+
+
+@pytest.mark.parametrize("name", ATTACKERS)
+@pytest.mark.parametrize("wrong", ["shape", "picture"])
+def test_what_does_not_fit_is_refused_by_a_typed_error(name: str, wrong: str) -> None:
+    given = received(WITHIN.get(name, "none"), steps=20)
+    gradients, shape = dict(given.update.gradients), SHAPE
+    first = next(iter(gradients))
+    if wrong == "shape":
+        gradients[first] = gradients[first][:, :-1]
+    else:
+        shape = (1, 9, 9)
+    bad = replace(given, update=replace(given.update, gradients=gradients), input_shape=shape)
+    with pytest.raises(InvalidTensorError, match="shape"):
+        attackers.get(name)(bad)
 
 
 def test_soteria_is_undone_where_the_columns_left_are_enough() -> None:

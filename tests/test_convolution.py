@@ -202,7 +202,7 @@ THREE, SHAPE = nn.Conv2d(3, 2, 3), (1, 5, 5)
           for wrong in (nn.Linear(3, 3), nn.ConvTranspose2d(1, 1, 2))],
         *[(InvalidTensorError, r"expected \(3, any, any\)", lambda s=s: as_dense(THREE, s))
           for s in [(1, 8, 8), (3, 8), (3, 8, 8, 8)]],
-        *[(InvalidArgumentError, "size of input_shape must be", lambda s=s: as_dense(CONV, s))
+        *[(InvalidArgumentError, "input_shape is the shape of one", lambda s=s: as_dense(CONV, s))
           for s in [(1, 0, 8), (1, -1, -1), (1, 2.0, 8)]],
         (InvalidTensorError, r"input of shape \(1, 4, 4\) does not fit Conv2d.*is 4 but size is 5",
          lambda: as_dense(nn.Conv2d(1, 1, (1, 3), dilation=2), (1, 4, 4))),

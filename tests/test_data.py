@@ -70,6 +70,16 @@ def test_digits_are_scikit_learn_s() -> None:
     assert data.digit(7, size=28).shape == (1, 1, 28, 28)
 
 
+def test_faces_are_scikit_image_s() -> None:
+    from skimage.data import lfw_subset
+
+    inputs, labels = data.faces(dtype=torch.float64)
+    assert inputs.shape == (200, 1, 25, 25) and inputs.min() >= 0 and inputs.max() <= 1
+    assert np.array_equal(inputs[:, 0].numpy(), lfw_subset())
+    assert labels.tolist() == [1] * 100 + [0] * 100
+    assert data.faces([99, 100])[1].tolist() == [1, 0]
+
+
 def test_a_reader_s_own_picture_upright_in_colour(tmp_path: Path) -> None:
     from PIL import Image, UnidentifiedImageError
 

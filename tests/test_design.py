@@ -98,7 +98,7 @@ def test_what_cannot_be_is_refused(
         call()
 
 
-@pytest.mark.parametrize("name", ["conv 2", "dense 4"])
+@pytest.mark.parametrize("name", ["conv 2", "dense 4", "face conv 2"])
 def test_a_slice_of_the_design_data_comes_out_again(name: str) -> None:
     stored = json.loads(benchmark.FILE.read_text())
     assert {key.split("/")[0] for key in stored["cells"]} == set(benchmark.DESIGNS)
@@ -108,5 +108,5 @@ def test_a_slice_of_the_design_data_comes_out_again(name: str) -> None:
     assert abs(again["accuracy"] - before["accuracy"]) < 0.03
     for one, other in zip(again["first"], before["first"], strict=True):
         assert one["exact"] == other["exact"]
-        assert one["exact"] or abs(one["prior"] - other["prior"]) < 0.2
+        assert one["exact"] or abs(one["prior"] - other["prior"]) < 0.5
     assert [t["exact"] for t in again["last"]] == [t["exact"] for t in before["last"]]

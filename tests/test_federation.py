@@ -315,18 +315,40 @@ def test_the_audit_fails_closed(
     assert len(server.received) == 2 - (action == "withheld")
 
 
-def test_attacks_that_do_not_end_keep_a_leaking_network_back(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("leaky", [True, False])
+def test_an_attack_that_the_budget_ends_keeps_the_update_back(
+    monkeypatch: pytest.MonkeyPatch, leaky: bool
 ) -> None:
     def endless(*_: Any) -> Any:
         while True:
             torch.func.vjp(torch.sin, torch.ones(3))
 
+    hiding = nn.Sequential(nn.Conv2d(3, 1, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 10))
+    model, attackers = (dense(), ["endless"]) if leaky else (hiding, ["ratio", "endless"])
     monkeypatch.setitem(OWN, "endless", Attacker("endless", endless, False, False))
-    audit = LeakAudit(dense(), LOSS, one_each, attackers=["endless"], seconds=2)
-    server = federate(dense(), mods=[only(0, audit)], clients=2)
-    assert audit.reports[0].action == "withheld" and " time" in audit.reports[0].reason
+    audit = LeakAudit(model, LOSS, one_each, attackers=attackers, seconds=2)
+    server = federate(model, mods=[only(0, audit)], clients=2)
+    assert audit.reports[0].action == "withheld" and "endless" in audit.reports[0].reason
     assert len(server.received) == 1
+
+
+def test_on_crafted_weights_a_client_does_not_train() -> None:
+    model = dense()
+    assert federation.similar_rows(model.state_dict()) == 0
+    with torch.no_grad():
+        first = next(p for p in model.parameters() if p.dim() > 1)
+        first[:] = first[0] * torch.linspace(1, 2, len(first))[:, None]
+    assert federation.similar_rows(model.state_dict()) == 1
+    trained = []
+
+    def counted(message: Any, context: Any, call_next: Any) -> Any:
+        trained.append(context.node_config["partition-id"])
+        return call_next(message, context)
+
+    audit = LeakAudit(model, LOSS, one_each)
+    server = federate(model, mods=[only(0, audit), counted], clients=2)
+    assert audit.reports[0].action == "withheld" and "crafted" in audit.reports[0].reason
+    assert trained == [1] and len(server.received) == 1
 
 
 def test_relative_leakage_compares_with_a_prior() -> None:

@@ -14,7 +14,8 @@ from gradinv_edu.kit import models
 
 Net = Callable[..., nn.Sequential]
 PICTURES: list[Net] = [
-    models.cnn6, models.cnn6_d, models.lenet, models.wide_cnn, models.photo_cnn, models.resnet
+    models.cnn6, models.cnn6_d, models.lenet, models.lenet_dlg,
+    models.wide_cnn, models.photo_cnn, models.resnet,
 ]  # fmt: skip
 NETS: dict[str, Net] = {
     "perceptron": lambda **k: models.perceptron(3072, **k),
@@ -52,6 +53,7 @@ def test_weights_have_torch_s_usual_spread_and_lenet_s_fill_half() -> None:
         (models.cnn6(), [3468, 2916, 2916, 2916, 1600, 3200, 1]),
         (models.cnn6_d(), [3468, 1620, 2916, 2916, 1600, 3200, 1]),
         (models.lenet(), [3072, 768, 768, 768, 10]),
+        (models.lenet_dlg(), [3072, 768, 768, 100]),
         (models.wide_cnn(width=2), [8192, 9216, 10240, 10]),
         (models.photo_cnn((3, 32, 32)), [4096, 4608, 5120, 6144, 10]),
         (models.resnet(), [16384, 16384, 8192, 10]),

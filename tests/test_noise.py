@@ -58,7 +58,7 @@ def test_laws_of_what_is_sent(name: str, update: Update) -> None:
     assert not flat(CHANGES[name](Update({"w": torch.zeros(3)}))).isnan().any()
     for wrong, match in (
         (Update({"w": torch.tensor([1.0, math.nan])}), "w has 1 NaN"),
-        ({"w": torch.ones(2)}, r"takes an Update, .* got dict"),
+        ({"w": torch.ones(2)}, "must be an Update, got dict"),
     ):
         with pytest.raises(InvalidTensorError, match=match):
             CHANGES[name](wrong)  # type: ignore[arg-type]
@@ -165,6 +165,10 @@ def soteria(x: Tensor, hidden: int = 40, fraction: float = 0.5) -> object:
         (lambda: soteria(X[:2].double()), InvalidTensorError, "inputs has 2 samples"),
         (lambda: soteria(X[:1] * math.nan), InvalidTensorError, "64 NaN"),
         (lambda: soteria(X[:1, ..., :7]), InvalidTensorError, r"inputs of shape \(1, 8, 7\)"),
+        (lambda: privacy.gaussian_delta(0.0, 1.0), InvalidArgumentError, "sigma"),
+        (lambda: privacy.gaussian_delta(1.0, 1.0, -1.0), InvalidArgumentError, "sensitivity"),
+        (lambda: privacy.gaussian_sigma(math.nan), InvalidArgumentError, "epsilon"),
+        (lambda: privacy.gaussian_sigma(1.0, 2.0), InvalidArgumentError, "delta"),
         (lambda: private(noise_multiplier=-1.0), InvalidArgumentError, "noise_multiplier"),
         (lambda: private(norm=0.0), InvalidArgumentError, "norm"),
         (lambda: private(delta=1.0), InvalidArgumentError, "delta"),
@@ -173,7 +177,7 @@ def soteria(x: Tensor, hidden: int = 40, fraction: float = 0.5) -> object:
         (lambda: private(SPOILED), InvalidTensorError, "inputs has 64 NaN"),
         (lambda: private(X, Y[:2]), InvalidTensorError, "4 inputs and 2 targets"),
         (lambda: private(X[..., :7]), InvalidTensorError, "do not take inputs"),
-        (lambda: private(X[:0], Y[:0]), InvalidTensorError, "is empty"),
+        (lambda: private(X[:0], Y[:0]), InvalidTensorError, "0 inputs and 0 targets"),
         (lambda: private(loss=nn.CrossEntropyLoss(reduction="none")), UnsupportedLossError,
          "use reduction"),
         (lambda: privacy.dp_sgd(
@@ -235,6 +239,25 @@ def test_privacy_accounting_grows_shrinks_and_meets_the_gaussian_mechanism() -> 
         for a in (1 + i / 1000 for i in range(100, 20_000))
     )
     assert abs(spent(sigma, 1.0, 1, delta) - bound) < 1e-3
+
+
+def test_the_gaussian_mechanism_is_its_integral() -> None:
+    z = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
+    p = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    for sigma, epsilon, far in ((1.0, 1.0, 1.0), (3.0, 0.2, 1.0), (0.5, 4.0, 2.0)):
+        shift = far / sigma
+        q = (-(z - shift).square() / 2).exp() / math.sqrt(2 * math.pi)
+        delta = float((q - math.exp(epsilon) * p).clamp(min=0).sum() * (z[1] - z[0]))
+        found = privacy.gaussian_delta(sigma, epsilon, far)
+        assert found == pytest.approx(delta, abs=1e-6)
+        again = privacy.gaussian_sigma(epsilon, found, far)
+        assert again == pytest.approx(sigma, rel=1e-6)
+
+    def classical(epsilon: float) -> float:
+        return math.sqrt(2 * math.log(1.25e5)) / epsilon
+
+    assert privacy.gaussian_sigma(1.0) < classical(1.0)
+    assert privacy.gaussian_sigma(1000.0) > 4 * classical(1000.0)
 
 
 def test_private_training_learns_and_noise_costs() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 BOOK = Path(__file__).parents[1] / "book"
-PAGES = (BOOK / "benchmarks.ipynb", BOOK / "zoo.ipynb")
+PAGES = tuple(BOOK / f"{name}.ipynb" for name in ("benchmarks", "zoo", "trust"))
 CHAPTERS = [*sorted(BOOK.glob("[0-9]*.ipynb")), *PAGES]
 IGNORING = re.compile(r"nbval|skip|raises-exception", re.IGNORECASE)
-LONGEST, MEDIAN = 30, 8
+LONGEST, MEDIAN = 30, 10
 
 Cell = dict[str, Any]
 
@@ -25,6 +25,10 @@ def _source(cell: Cell) -> str:
 
 def _lines(cell: Cell) -> list[str]:
     return [line for line in _source(cell).splitlines() if line.strip()]
+
+
+def _folded(cell: Cell) -> bool:
+    return "hide-input" in cell["metadata"].get("tags", [])
 
 
 def _draws(cell: Cell) -> bool:
@@ -79,7 +83,8 @@ def test_no_magics_and_nothing_ignored(code: list[Cell]) -> None:
 
 def test_cells_are_short(code: list[Cell]) -> None:
     lengths = [len(_lines(cell)) for cell in code]
-    assert median(lengths) <= MEDIAN
+    shown = [n for n, cell in zip(lengths, code, strict=True) if not _folded(cell)]
+    assert median(shown) <= MEDIAN
     assert max(lengths) <= LONGEST
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from gradinv_edu.errors import UnknownNameError
-from gradinv_edu.kit import schematics
+from gradinv_edu.kit import layer_drawings, schematics
 from gradinv_edu.kit.report import show
 from gradinv_edu.kit.schematics import Drawing
 
@@ -46,7 +46,12 @@ def test_a_bound_that_does_not_hold_is_an_error(bounds: dict) -> None:
         show("error", float("nan"), **bounds)
 
 
-DRAWINGS = {name: getattr(schematics, name) for name in schematics.__all__ if name[0].islower()}
+DRAWINGS = {
+    name: getattr(module, name)
+    for module in (schematics, layer_drawings)
+    for name in module.__all__
+    if name[0].islower()
+}
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
@@ -60,6 +65,26 @@ def test_a_drawing_stands_for_itself_and_says_what_it_shows(name: str) -> None:
         assert all(c == "none" or c.startswith("var(--pst-color-") for c in colours)
         for x, length in (("x", 380), ("y", drawing.height)):
             assert 0 <= float(part.attrib.get(x, 0)) <= length
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_drawing_keeps_inside_a_phone(name: str) -> None:
+    """By the middle width of a letter: nothing is cut off at its sides."""
+    svg = ElementTree.fromstring(DRAWINGS[name]()._repr_html_())
+    for line in svg.iter("text"):
+        x, told = float(line.attrib["x"]), "".join(line.itertext()).replace("\u200b", "")
+        length = 6.6 * len(told)
+        left = x - {"start": 0, "middle": length / 2, "end": length}[line.attrib["text-anchor"]]
+        assert left >= -4 and left + length <= 388, told
+
+
+def test_squares_are_shaded_by_what_they_hold() -> None:
+    svg = Drawing(50, "a").cells(0, 0, [["", "3", 1.0, -0.5]])._repr_html_()
+    squares = list(ElementTree.fromstring(svg).iter("rect"))
+    shades = [float(square.attrib["fill-opacity"]) for square in squares]
+    assert shades == pytest.approx([0, 0.2, 0.85, 0.42], abs=0.01)
+    known, found = squares[2].attrib["fill"], squares[3].attrib["fill"]
+    assert "primary" in known and "secondary" in found and ">3</text>" in svg
 
 
 def test_letters_are_set_small_and_text_is_text() -> None:

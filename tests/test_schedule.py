@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import schedule as benchmark  # noqa: E402
 
 DATA: dict[str, Any] = json.loads(benchmark.FILE.read_text())
-KEYS = ("attacker", "learning_rate", "local_steps", "seeds")
+KEYS = ("attacker", "learning_rate", "local_steps", "seeds", "trained")
 CE, CLASS = nn.CrossEntropyLoss(), torch.tensor([3])
 SCHEDULES: list[dict[str, Any]] = [
     {},
@@ -70,6 +70,10 @@ def test_a_guess_that_does_not_fit_is_told_in_shapes() -> None:
 
 def test_every_cell_is_there_and_whole() -> None:
     assert {tuple(cell[k] for k in KEYS) for cell in DATA["cells"]} == set(benchmark.CELLS)
+    places = [tuple(row[k] for k in ("learning_rate", "local_steps", "batch_size"))
+              for row in DATA["accuracy"]]  # fmt: skip
+    assert places == benchmark.SCHEDULES
+    assert all(len(row["accuracy"]) == benchmark.SEEDS for row in DATA["accuracy"])
     assert DATA["pictures"] == benchmark.PICTURES and DATA["steps"] == benchmark.STEPS
     assert set(DATA["versions"]) == {"torch", "python"}
     for cell in DATA["cells"]:
@@ -83,7 +87,7 @@ def test_every_cell_is_there_and_whole() -> None:
 def test_a_slice_comes_out_again(attacker: str, steps: int) -> None:
     (cell,) = (
         c for c in DATA["cells"]
-        if (c["attacker"], c["learning_rate"], c["local_steps"]) == (attacker, 0.01, steps)
+        if tuple(c[k] for k in KEYS if k != "seeds") == (attacker, 0.01, steps, False)
     )  # fmt: skip
     for digit, seed in ((0, 0), (7, 1)):
         place = seed * benchmark.PICTURES + digit

@@ -90,6 +90,25 @@ def test_a_slice_comes_out_again(key: scoreboard.Key) -> None:
         assert now == pytest.approx(then, abs=1.5) or min(now, then) > 60
 
 
+def test_trained_networks_are_those_of_the_price_and_come_out_again() -> None:
+    after = scoreboard.load(scoreboard.FILE.with_name("trained.json"))
+    settings = Settings(**after["settings"])
+    assert settings == Settings(pictures=12, seeds=3) and len(after["cells"]) > 40
+    for name, cell in after["cells"].items():
+        if "accuracy" in cell:
+            assert len(cell["accuracy"]) == settings.seeds
+        elif "psnr" in cell:
+            assert len(cell["psnr"]) >= settings.pictures and scoreboard.TRAINED in name
+    assert (("dense, trained", "none", PRICE)) not in scoreboard.keys(nets=["dense, trained"])
+    few = replace(settings, pictures=1, seeds=1)
+    key = ("dense, trained", "none", "recursion")
+    now, then = scoreboard.measure(key, few), after["cells"]["/".join(key)]
+    assert now["exact"] == then["exact"][:1] and now["psnr"][0] > 60 < then["psnr"][0]
+    price = scoreboard.measure(("dense", "none", PRICE), few)
+    stored = after["cells"]["dense/none/price"]["accuracy"]
+    assert price["accuracy"][0] == pytest.approx(stored[0], abs=0.02)
+
+
 # --- a cell -----------------------------------------------------------------------------------
 
 
@@ -131,6 +150,7 @@ def test_an_attack_without_an_answer_fails_by_name_and_other_errors_are_not_swal
         (lambda: Settings(data="faces"), UnknownNameError, "No 'faces'"),
         (lambda: scoreboard.load_data("mnist"), UnknownNameError, "are digits, cifar10"),
         (lambda: Settings(pictures=0), InvalidArgumentError, "pictures must be a whole number"),
+        (lambda: Settings(searched=0), InvalidArgumentError, "searched must be a whole number"),
         (lambda: Settings(seeds=1.5), InvalidArgumentError, "seeds must be a whole number"),  # type: ignore[arg-type]
         (lambda: Settings(steps=19), InvalidArgumentError, "20 or more; got 19"),
         (lambda: scoreboard.keys(nets=["resnet"]), UnknownNameError, "there are dense"),

@@ -21,6 +21,7 @@ from gradinv_edu.engine.graph import trace
 from gradinv_edu.engine.layers import rule_of
 from gradinv_edu.engine.layers.branches import Block
 from gradinv_edu.engine.recovery import Recovering
+from gradinv_edu.engine.solve import Solution
 from gradinv_edu.errors import (
     InconsistentGradientError,
     InvalidArgumentError,
@@ -299,9 +300,9 @@ def misread(which: int, seed: int) -> Misread:
 
 
 def settled(system: LayerSystem, z: Tensor, g: Tensor, turn: Tensor):  # type: ignore[no-untyped-def]
-    def solve(k: Tensor):  # type: ignore[no-untyped-def]
+    def solve(k: Tensor, before: Solution):  # type: ignore[no-untyped-def]
         again = LayerSystem(system.module, k, system.input_shape)
-        return again, again.solve(z, g)
+        return again, again.solve(z, g, before=before)
 
     first = system.solve(z, g)
     return first, *kinks.settle(system, first, g, turn, solve)

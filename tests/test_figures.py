@@ -1,0 +1,74 @@
+"""Extensions of the book: figures without their paper, the bibliography oldest first, the field."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from pybtex.database import parse_file
+
+BOOK = Path(__file__).parents[1] / "book"
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).name, BOOK / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+figures, oldest_first, field = _load("figures"), _load("oldest_first"), _load("images/field")
+
+
+def _paper() -> np.ndarray:
+    return np.full((200, 300, 3), 255, dtype=np.uint8)
+
+
+def _on(ground: int, cleared: np.ndarray) -> np.ndarray:
+    part = cleared[..., 3:] / 255
+    return cleared[..., :3] * part + ground * (1 - part)
+
+
+def test_a_chart_is_the_same_on_white_and_has_no_paper() -> None:
+    chart = _paper()
+    chart[100, 20:280] = (23, 104, 122)
+    chart[20:180, 40] = (120, 120, 120)
+    assert figures.pictures(chart) == []
+    cleared = figures.clear(chart)
+    assert np.abs(_on(255, cleared) - chart).max() <= 2
+    assert not cleared[0, :, 3].any()
+
+
+def test_pictures_are_kept_and_their_titles_can_be_read_in_both_modes() -> None:
+    drawn = _paper()
+    drawn[60:180, 100:220] = np.random.default_rng(0).integers(0, 240, (120, 120, 3))
+    drawn[20:30, 120:126] = 35  # a letter of the title
+    assert figures.pictures(drawn) == [(slice(60, 180), slice(100, 220))]
+    cleared = figures.clear(drawn)
+    assert (cleared[60:180, 100:220, :3] == drawn[60:180, 100:220]).all()
+    assert (cleared[60:180, 100:220, 3] == 255).all() and not cleared[0, :, 3].any()
+    for ground in (253, 21):
+        assert np.abs(_on(ground, cleared)[25, 122] - ground).min() > 60
+
+
+def test_references_are_in_the_order_of_time() -> None:
+    entries = list(parse_file(str(BOOK / "references.bib")).entries.values())
+    years = [entry.fields["year"] for entry in oldest_first.ByYear().sort(entries)]
+    assert years == sorted(years) and len(years) == len(entries)
+
+
+def test_the_drawing_of_the_field_is_up_to_date_and_leads_to_chapters() -> None:
+    assert field.FILE.read_text() == field.drawing(), "run python book/images/field.py"
+    stems = {path.stem for path in BOOK.glob("[0-9]*.ipynb")}
+    assert set(field.STEMS.values()) <= stems
+
+
+@pytest.mark.parametrize("families", [field.ATTACKS, field.DEFENSES])
+def test_the_table_of_the_field_has_every_drawn_work(families: tuple) -> None:
+    entries = parse_file(str(BOOK / "references.bib")).entries
+    cited = [key for key in entries if f"`{key}`" in (BOOK / "field.md").read_text()]
+    years = {(entries[key].fields["year"]) for key in cited}
+    assert {str(year) for _, _, works in families for year, _, _ in works} <= years
