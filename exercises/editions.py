@@ -89,7 +89,7 @@ def sources(exercises: Path) -> list[Path]:
 def checks_of(stem: str, folder: Path) -> dict[Path, str]:
     """Give the files that grade an assignment, as they stand in its own ``folder``."""
     name = stem.split("_", 1)[1] if stem[0].isdigit() else stem
-    files = [HERE / "checks" / f"{part}.py" for part in ("__init__", "verdict", "wire", name)]
+    files = [HERE / "checks" / f"{part}.py" for part in ("__init__", "verdict", name)]
     return {folder / "checks" / f.name: f.read_text("utf-8") for f in files if f.exists()}
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from checks.recorded import sketch, with_slope
+from checks.values import Values
 from checks.verdict import Mistakes, WrongAnswerError, _fresh
-from checks.wire import Wire
 from editions import HERE, HIDDEN, Exercise, Notebook, exercises_of, mark_of, solutions, source_of
 
 OPEN = {  # many answers are right, or the check works with functions
@@ -32,7 +32,7 @@ OPEN = {  # many answers are right, or the check works with functions
 }
 CODE_TOO = {"check_law"}  # of an exercise that is recorded: its data is a photograph's
 FREE = {"recursion-step"}  # what the solution leaves NaN may be anything
-SHARED = ("__init__.py", "verdict.py", "recorded.py", "wire.py")
+SHARED = ("__init__.py", "verdict.py", "recorded.py", "values.py")
 TOLERANCES = (1e-3, 1e-6, 1e-7)
 
 
@@ -139,12 +139,14 @@ def record(notebook: Notebook) -> dict[str, Any]:
         for cell in solutions(notebook)["cells"]:
             if cell["cell_type"] == "code" and mark_of(cell) and not mark_of(cell).get("grade"):
                 exec(source_of(cell), room)
-    module = import_module(f"checks.{module_of(notebook)}")
-    return {
-        check: _recorded(getattr(module, check), room[exercise.target], exercise)
-        for exercise, check in _checks(notebook)
-        if not is_open(exercise, check)
-    }
+    module, cases = import_module(f"checks.{module_of(notebook)}"), {}
+    for exercise, check in _checks(notebook):
+        if not is_open(exercise, check):
+            with torch.random.fork_rng():  # networks of a check may be drawn without a generator
+                torch.manual_seed(0)
+                answer = room[exercise.target]
+                cases[check] = _recorded(getattr(module, check), answer, exercise)
+    return cases
 
 
 def _run(check: Callable[..., None], answer: Callable[..., Any]) -> tuple[str, list[Any], str]:
@@ -174,14 +176,14 @@ def _leaf(given: tuple[Any, ...]) -> int | None:
 def _recorded(
     check: Callable[..., None], solution: Callable[..., Any], exercise: Exercise
 ) -> dict[str, Any]:
-    wire = Wire(None, None, trusting=True)  # type: ignore[arg-type]
+    values = Values()
     refused, asked, said = _run(check, solution)
     assert not refused, (exercise.number, refused)
     truths = [_answered(solution, given) for given, _ in asked]
     calls = [
         {
-            "given": wire.pack([g.detach() if isinstance(g, torch.Tensor) else g for g in given]),
-            "truth": wire.pack(truth),
+            "given": values.pack([g.detach() if isinstance(g, torch.Tensor) else g for g in given]),
+            "truth": values.pack(truth),
             "what": "your answer",
             "judged": True,
             **({"leaf": _leaf(given)} if _leaf(given) is not None else {}),

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks.values import BadMessageError
 from checks.verdict import WrongAnswerError
-from checks.wire import BadMessageError, Remote, Wire
+from checks.wire import Remote, Wire
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .values import Values
 from .verdict import SINGLE, ask, compare, demand, distance, refuse, right
-from .wire import Wire
 
 CASES = Path(__file__).with_name("cases.json")
+VALUES = Values(trusting=True)
 
 
 def recorded(name: str) -> Callable[..., None]:
@@ -32,14 +33,13 @@ def recorded(name: str) -> Callable[..., None]:
 
 
 def _check(student: Callable[..., Any], case: dict[str, Any]) -> None:
-    wire = Wire(None, None, trusting=True)
     for place, call in enumerate(case["calls"]):
-        given = wire.unpack(call["given"])
+        given = VALUES.unpack(call["given"])
         leaf = call.get("leaf")
         if leaf is not None:
             given[leaf].requires_grad_()
         answer = with_slope(ask(student, *given), given, leaf)
-        truth = wire.unpack(call["truth"])
+        truth = VALUES.unpack(call["truth"])
         if not call["judged"] or same(answer, truth, case["tolerance"], case["free"]):
             continue
         for wrong, hint in case["flips"].get(str(place), []):
@@ -57,9 +57,9 @@ def _check(student: Callable[..., Any], case: dict[str, Any]) -> None:
 
 def _sketches(student: Callable[..., Any], calls: list[Any], first: int) -> dict[int, Any]:
     """What a student answers to the other questions: it tells mistakes apart that look alike."""
-    wire, found = Wire(None, None, trusting=True), {}
+    found = {}
     for place in range(first, len(calls)):
-        given = wire.unpack(calls[place]["given"])
+        given = VALUES.unpack(calls[place]["given"])
         with suppress(Exception):
             found[place] = sketch(student(*given))
     return found

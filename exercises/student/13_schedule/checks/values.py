@@ -1,24 +1,18 @@
-"""Values as JSON lines: what passes between the grader and a process that it does not trust.
+"""Values as JSON, and back: nothing that is read is executed or unpickled.
 
-Nothing that arrives is executed or unpickled: tensors are bytes with a shape, networks a table of
-layers with their sizes, functions numbers to call back by.
+Tensors are bytes with a shape, networks a table of layers with their sizes.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import json
-import socket
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LONGEST = 16 * 2**20  # bytes of one message
 DEEPEST = 40  # brackets within brackets
 LARGEST = 2**16  # width of a layer; of kernels, strides and the like it is
 LARGEST_WINDOW = 64
@@ -48,61 +42,17 @@ class BadMessageError(ValueError):
     """What arrived is no message of this protocol."""
 
 
-class Wire:
-    """One end of a socket: sends and receives messages, and knows the functions of both sides.
+class Values:
+    """Writes values down, and reads them back.
 
     Parameters
     ----------
-    channel : socket
-        To the other side.
-    call : function
-        ``call(number, arguments)`` calls the function ``number`` of the other side.
-    folder : Path or None
-        Where files that arrive are put; ``None`` refuses them.
     trusting : bool
-        Whether records may arrive: they may from the grader, and never from a submission.
+        Whether records may be read: they may from the grader, and never from a submission.
     """
 
-    def __init__(
-        self,
-        channel: socket.socket,
-        call: Callable[[int, tuple[Any, ...]], Any],
-        folder: Path | None = None,
-        trusting: bool = False,
-    ) -> None:
-        self.channel, self.call, self.folder, self.trusting = channel, call, folder, trusting
-        self.functions: list[Callable[..., Any]] = []
-        self._rest = b""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send one message."""
-        self.channel.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> dict[str, Any]:
-        """Wait for one message.
-
-        Raises
-        ------
-        BadMessageError
-            If it is too long, no JSON, or the other side has ended.
-        """
-        parts, size = [self._rest], len(self._rest)
-        while b"\n" not in parts[-1]:
-            part = self.channel.recv(2**20)
-            size += len(part)
-            if not part:
-                raise EOFError
-            if size > LONGEST:
-                raise BadMessageError(f"an answer of more than {LONGEST >> 20} MB")
-            parts.append(part)
-        line, _, self._rest = b"".join(parts).partition(b"\n")
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadMessageError("what it wrote to the grader is no answer") from error
-        if not isinstance(message, dict):
-            raise BadMessageError("what it wrote to the grader is no answer")
-        return message
+    def __init__(self, trusting: bool = False) -> None:
+        self.trusting = trusting
 
     def pack(self, value: Any, depth: int = 0) -> Any:
         """Write a value down as JSON; raise ``TypeError`` for what cannot pass."""
@@ -119,17 +69,11 @@ class Wire:
             return {"dict": pairs}
         for kind in (list, tuple, set):
             if isinstance(value, kind):
+                value = sorted(value, key=str) if kind is set else value
                 return {kind.__name__: [self.pack(part, depth + 1) for part in value]}
-        if isinstance(value, Path) and not self.trusting:
-            return {"file": [value.name, base64.b64encode(value.read_bytes()).decode()]}
-        if callable(value) and not _is_audit(value):
-            if isinstance(value, Remote):
-                return {"yours": value.number}
-            if value not in self.functions:
-                self.functions.append(value)
-            return {"mine": self.functions.index(value)}
-        if _is_audit(value):
-            return {"audit": self.pack(_settings(value), depth + 1)}
+        other = self._pack_other(value, depth)
+        if other is not None:
+            return other
         if dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
             return {"record": self.pack(dict(_attributes(value)), depth + 1)}
         if hasattr(value, "item"):
@@ -159,18 +103,17 @@ class Wire:
             return {self._unpack(k): self._unpack(v) for k, v in content}
         if kind == "net":
             return _unpack_net(*map(self._unpack, content))
-        if kind == "mine":
-            return Remote(self.call, int(content))
-        if kind == "yours":
-            return self.functions[int(content)]
-        if kind == "audit":
-            return _audit(self._unpack(content))
         if kind == "record" and self.trusting:
             return Record(**self._unpack(content))
-        if kind == "file" and self.folder is not None:
-            path = self.folder / Path(content[0]).name
-            path.write_bytes(base64.b64decode(content[1]))
-            return path
+        return self._unpack_other(kind, content)
+
+    def _pack_other(self, value: Any, depth: int) -> Any:
+        """What only a connection can pass; ``None`` for what is plain."""
+        if callable(value):
+            raise TypeError(f"a {type(value).__name__} cannot be written down")
+        return None
+
+    def _unpack_other(self, kind: str, content: Any) -> Any:
         raise BadMessageError("an answer of a kind that is not allowed")
 
 
@@ -178,18 +121,6 @@ class Record(SimpleNamespace):
     """What the grader hands over of an object: its plain attributes."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
-
-
-class Remote:
-    """A function of the other side, differentiable where the other side's is."""
-
-    def __init__(self, call: Callable[[int, tuple[Any, ...]], Any], number: int) -> None:
-        self._call, self.number = call, number
-        self.__name__ = "your function"
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Call it there, and return what comes back."""
-        return self._call(self.number, arguments)
 
 
 def _pack_tensor(value: Tensor) -> dict[str, Any]:
@@ -245,22 +176,3 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
         for k, v in found.items()
         if isinstance(v, plain) or dataclasses.is_dataclass(v) or isinstance(v, SimpleNamespace)
     ]
-
-
-_SETTINGS = ("model", "loss", "data", "policy", "seconds")
-
-
-def _is_audit(value: object) -> bool:
-    return type(value).__name__ == "LeakAudit"
-
-
-def _settings(audit: Any) -> dict[str, Any]:
-    limits = {"psnr": float(audit.limits.psnr), "ssim": float(audit.limits.ssim)}
-    return {**{name: getattr(audit, name) for name in _SETTINGS}, "limits": limits}
-
-
-def _audit(settings: dict[str, Any]) -> Any:
-    import gradinv_edu as gi
-
-    limits = gi.federation.Limits(**settings.pop("limits"))
-    return gi.federation.LeakAudit(**settings, limits=limits)
