@@ -53,10 +53,8 @@ def network(name: str, seed: int) -> nn.Sequential:
         model = gi.models.mlp([ends[0], *sizes, ends[1]], "tanh", generator=torch_generator)
         return model.double()
     layers: list[nn.Module] = []
-    channels, (kernel, stride, padding) = (
-        1,
-        {"face": (5, 4, 0), "tiny": (3, 4, 1)}.get(kind, (3, 2, 1)),
-    )
+    kernel, stride, padding = {"face": (5, 4, 0), "tiny": (3, 4, 1)}.get(kind, (3, 2, 1))
+    channels = 1
     for filters in sizes:
         layers += [nn.Conv2d(channels, filters, kernel, stride, padding), nn.LeakyReLU(0.2)]
         channels, stride = filters, 1

@@ -72,16 +72,11 @@ def cell(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
                 "dB": gi.metrics.psnr(found.inputs, picture.double()),
                 "exact": bool(found.exact),
                 "turned": sum(layer.turned for layer in found.layers),
-                "condition": max(_condition(layer) for layer in found.layers),
+                "condition": max(layer.solution.condition for layer in found.layers),
                 "seconds": time.process_time() - began,
             }
         told.append(entry)
     return {"pieces": told, "k": median(entry["k"] for entry in told)}
-
-
-def _condition(layer: Any) -> float:
-    """Largest singular value by the smallest, as the recursion estimates them."""
-    return float(layer.solution.condition)
 
 
 def accuracy(model: nn.Module) -> float:
@@ -92,17 +87,19 @@ def accuracy(model: nn.Module) -> float:
 
 
 def measure(options: Options) -> int:
-    """Train, and measure the cells that are missing."""
-    store = json.loads(FILE.read_text()) if FILE.exists() and not options.again else {}
-    model = gi.models.cnn6(outputs=10)
+    """Train as far as cells are missing, and measure these."""
+    stored = json.loads(FILE.read_text()) if FILE.exists() and not options.again else {}
+    dtypes = {"float32": torch.float32, "float64": torch.float64}
+    wanted = [(done, name) for done in EPOCHS for name in dtypes]
+    missing = [(d, n) for d, n in wanted if f"{n}/{d}" not in stored and options.only in f"{n}/{d}"]
+    model, trained = gi.models.cnn6(outputs=10), 0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for done in range(max(EPOCHS) + 1):
-        if done:
-            epoch(model, optimizer, done)
-        for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
-            key = f"{name}/{done}"
-            if done in EPOCHS and key not in store and (options.only or "") in key:
-                store[key] = cell(model, dtype) | {"accuracy": accuracy(model)}
-                FILE.write_text(json.dumps(store, indent=1) + "\n")
-                print(key, json.dumps({k: v for k, v in store[key].items() if k != "pieces"}))
+    for done, name in missing:
+        while trained < done:
+            trained += 1
+            epoch(model, optimizer, trained)
+        key = f"{name}/{done}"
+        stored[key] = cell(model, dtypes[name]) | {"accuracy": accuracy(model)}
+        FILE.write_text(json.dumps(stored, indent=1) + "\n")
+        print(key, json.dumps({k: v for k, v in stored[key].items() if k != "pieces"}))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import checks
 from .checks import checked
 from .engine import patches
 from .engine.auditing import Auditing
 from .engine.jacobian import WholeGradient, forked_randomness, numerical_rank
 from .engine.layers.convolution import Conv, places
 from .engine.leak import leak_map, noise_floor, system_leak_map
-from .engine.progress import Deadline, OutOfTime, bar
+from .engine.progress import bar, end_of, until
 from .engine.sample import Shape, begin, sample, seeded
 from .engine.verdicts import LayerAudit, Stop, Verdict, conclusion
 from .errors import UnsupportedLayerError
@@ -227,11 +225,8 @@ def audit(
     unknowns``. (The formula of their index RA-i could not be read.) Chen and Campbell (2022)
     print it as well, and weigh it into one number (:attr:`Audit.weighted_index`).
     """
-    started = time.monotonic()
+    end = end_of(seconds)
     shape, generator = tuple(input_shape), seeded(generator)
-    if seconds is not None:
-        checks.number(seconds, "seconds", "a number of seconds, 0 or more", lambda s: s >= 0)
-    end = None if seconds is None else started + seconds
     network = None
     embedding = patches.find(model, shape)
     if embedding is not None:
@@ -453,7 +448,9 @@ def jacobian_rank(
         problem = WholeGradient(model, x, loss, targets, generator)
         try:
             rows = problem.rows(moving)
-        except (NotImplementedError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
             raise UnsupportedLayerError(
                 f"The gradient cannot be differentiated once more: {error}."
             ) from error
@@ -475,13 +472,9 @@ def _network(
     end: float | None,
 ) -> NetworkRank | None:
     try:
-        with Deadline(math.inf if end is None else end):
+        with until(end):
             return jacobian_rank(model, shape, inputs=x, generator=generator)
-    except OutOfTime:
-        if end is None or time.monotonic() <= end:
-            raise
-        return None
     except UnsupportedLayerError:  # an operation without second derivatives
         if wanted:
             raise
-        return None
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .engine.explained import unexplained
 from .engine.graph import Step, trace
 from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
-from .engine.progress import Deadline, OutOfTime, bar
+from .engine.progress import bar, end_of, until
 from .engine.recovery import Recovering, closed_form
 from .engine.reports import TOLERANCES, LayerReport
 from .engine.walk import Stack, State, head_of, lowest_dense
@@ -213,22 +212,14 @@ def recover(
     Source: Zhu and Blaschko (2021), for leaky ReLU, one logit and known labels; everything
     else here is this project's. Ground truth is never used: the label is recovered.
     """
-    if seconds is not None:
-        checks.number(seconds, "seconds", "a number of seconds, 0 or more", lambda s: s >= 0)
-    end = None if seconds is None else time.monotonic() + seconds
+    end = end_of(seconds)
     embedding = patches.find(model, input_shape)
     if embedding is not None:
         return _by_positions(embedding, model, update, loss, batch_size)
     recursion = _Recursion(model, update, input_shape, loss, batch_size, generator, progress, walk)
-    if end is None:
+    with until(end):
         return recursion.recover(polish)
-    try:
-        with Deadline(end):
-            return recursion.recover(polish)
-    except OutOfTime:
-        if time.monotonic() <= end:  # a caller's own deadline
-            raise
-        return recursion.so_far()
+    return recursion.so_far()
 
 
 def _by_positions(
@@ -313,7 +304,7 @@ class _Recursion:
             _, start, _ = max(failures, key=lambda f: f[0])
             found.append(self._candidate(self.walk(), start, polish))
         explaining = [c for c in found if c.mismatch is None or c.mismatch <= self._explains]
-        best = sorted(explaining or found, key=lambda c: (not c.determined, c.mismatch or 0.0))
+        best = sorted(explaining or found, key=_doubts)
         exact = len(best) == 1 and bool(explaining) and best[0].determined and not best[0].hidden
         return Recovery(tuple(best), exact)
 
@@ -324,7 +315,7 @@ class _Recursion:
 
     def so_far(self) -> Recovery:
         """What was found before the time ran out: nothing of it is vouched for."""
-        found = sorted(self.found, key=lambda c: (not c.determined, c.mismatch or 0.0))
+        found = sorted(self.found, key=_doubts)
         if not found:
             shape = (self.batch_size, *self.steps[0].input_shape)
             x = torch.full(shape, torch.nan, dtype=torch.float64, device=self.device)
@@ -354,8 +345,7 @@ class _Recursion:
             ]
         self._named(lowest)
         step = self.steps[lowest]
-        prefix = f"{step.name}." if step.name else ""
-        G, b = self.gradients[f"{prefix}weight"], self.gradients[f"{prefix}bias"]
+        G, b = (self.gradients[step.full_name(own)] for own in ("weight", "bias"))
         found = closed_form(G, b, torch.finfo(self.dtype).eps)
         return [self._closed(lowest, *found, targets) for targets in self._labels()]
 
@@ -404,15 +394,15 @@ class _Recursion:
         """What the gradient of the last dense layer gives, by the loss that follows it."""
         rule = losses.rule(self.loss)
         step = self.steps[head_of(self.steps)]
-        prefix = f"{step.name}." if step.name else ""
-        G = self.gradients.get(f"{prefix}weight")
+        G = self.gradients.get(step.full_name("weight"))
         if G is None:
             raise InvalidTensorError(
-                f"The update lacks {prefix}weight: the recursion begins at this layer's gradient."
+                f"The update lacks {step.full_name('weight')}: the recursion begins at this "
+                "layer's gradient."
             )
         assert isinstance(step.module, nn.Linear)
         bias = None if step.module.bias is None else step.module.bias.detach()
-        sent = None if bias is None else self.gradients.get(f"{prefix}bias")
+        sent = None if bias is None else self.gradients.get(step.full_name("bias"))
         return rule.heads(
             step.module.weight.detach(),
             bias,
@@ -488,6 +478,11 @@ class _Start:
     place: int
     begin: Begin
     targets: Tensor | None
+
+
+def _doubts(answer: Candidate) -> tuple[bool, float]:
+    """What an answer is ordered by: the surest first."""
+    return not answer.determined, answer.mismatch or 0.0
 
 
 def _again(walk: Recovering, reports: Sequence[LayerReport], state: State) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from .layers import Rule, rule_of
 from .layers.branches import Block, Node
 from .layers.convolution import Conv
 from .layers.norms import Norm
-from .progress import Deadline, OutOfTime
+from .progress import until
 from .recovery import Recovering
 from .reports import TOLERANCES
 from .verdicts import PLACES, LayerAudit, Stop, Verdict
@@ -114,15 +113,9 @@ class Auditing(Walk):
         told = told or (lambda: None)
         told()
         for done, test in enumerate(self._tests(), 1):
-            try:
-                if end is None:
-                    test()
-                else:
-                    with Deadline(end):
-                        test()
-            except OutOfTime:
-                if end is None or time.monotonic() <= end:  # a caller's own deadline
-                    raise
+            with until(end) as limit:
+                test()
+            if limit.passed:
                 break
             if self.progress is not None:
                 self.progress(done, 0.0)

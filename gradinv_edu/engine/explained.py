@@ -28,7 +28,7 @@ def unexplained(
     for step in steps:
         if step.rule.random and not step.rule.normalises and step.name not in kept:
             break
-        G = gradients.get(f"{step.name}.weight" if step.name else "weight")
+        G = gradients.get(step.full_name("weight"))
         seen = None if G is None else _seen_by(step.module, x)
         if G is not None and seen is not None and bool(G.any()):
             rows = G.reshape(len(G), -1)

@@ -47,6 +47,10 @@ class Step:
         """The layer itself."""
         return self.rule.module
 
+    def full_name(self, own: str) -> str:
+        """Name in the model of what the layer calls ``own``."""
+        return f"{self.name}.{own}" if self.name else own
+
     def parameters(self) -> Iterator[tuple[str, str]]:
         """Name of every parameter in the layer, and in the model."""
         for own, _ in self.module.named_parameters():
@@ -54,7 +58,7 @@ class Step:
                 _, index, rest = own.split(".", 2)
                 yield own, f"{self.module.nodes[int(index)].name}.{rest}"
             else:
-                yield own, f"{self.name}.{own}" if self.name else own
+                yield own, self.full_name(own)
 
 
 # Operations with one tensor for an input that go by another name than the layer that they are.

@@ -10,9 +10,10 @@ correction is wrong, and a dense solve on each corner makes it good.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ ROUNDED = 1e-5  # of a corner's mean eigenvalue, added for float32's rounding
 WIDEST = 12  # pixels of its side
 BYTES = 1e9  # of the inverses over all frequencies
 SMALLEST = 56  # side of a map below which plain iterations are few and cheap
+ENDS = tuple(product((False, True), repeat=2))  # corners, in the order that they are kept in
 RATIOS = (1.04, 1.7)  # equations an unknown between which the preconditioner pays
 
 
@@ -67,14 +69,14 @@ class Bordered:
         self.geometry, self.weight = geometry, weight.float()
         self.channels, self.size = shape[0], shape[1:]
         self.stride, self.padding = geometry.stride, geometry.padding
-        spans = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, W.shape[2:], strict=True)]
+        spans = _spans(W, geometry)
         self.outputs, self.cells = _torus(geometry, self.size, spans)
         self.taps = _polyphase(W, geometry, spans)
         self.phases = self.channels * math.prod(self.stride)
-        self.inverse = self._inverse()
-        self.edges = [self._edge(axis) for axis in (0, 1)]
+        inverse = self._inverse()
+        self.edges = [self._edge(axis, inverse) for axis in (0, 1)]
         self.side, self.crop, self.corners = self._corners(W, spans)
-        self.inverse = _real(self.inverse.flatten(0, 1))
+        self.inverse = _real(inverse.flatten(0, 1))
 
     @classmethod
     def of(cls, operator: object) -> Bordered | None:
@@ -86,8 +88,7 @@ class Bordered:
             return None
         phases = shape[0] * math.prod(move.stride)
         ratio = len(W) * math.prod(operator.k.shape[2:]) / math.prod(shape)
-        spans = [d * (k - 1) + 1 for d, k in zip(move.dilation, W.shape[2:], strict=True)]
-        narrow = any(s > k for s, k in zip(move.stride, spans, strict=True))
+        narrow = any(s > k for s, k in zip(move.stride, _spans(W, move), strict=True))
         size = 4.0 * math.prod(shape) * phases  # complex64, half of the frequencies
         if narrow or not RATIOS[0] <= ratio <= RATIOS[1] or len(W) <= phases or size > BYTES:
             return None
@@ -164,7 +165,7 @@ class Bordered:
 
     # --- an edge ------------------------------------------------------------------------------
 
-    def _edge(self, axis: int) -> _Edge:
+    def _edge(self, axis: int, inverse: Tensor) -> _Edge:
         """``B (J − Bᵀ D B)⁻¹ Bᵀ`` for one axis, at each frequency along the edge."""
         n, T = self.phases, self.cells[axis]
         along = self.cells[1 - axis] // 2 + 1
@@ -186,7 +187,7 @@ class Bordered:
         B = torch.cat(columns, dim=2)
         J = B.new_zeros(B.shape[2])
         J[:outputs] = 1
-        Q = torch.diag(J) - B.mH @ self._covariance(axis, span) @ B
+        Q = torch.diag(J) - B.mH @ self._covariance(axis, span, inverse) @ B
         made = B @ torch.linalg.solve((Q + Q.mH) / 2, B.mH)
         cells = torch.tensor([c % T for c in numbers], device=B.device)
         return _Edge(axis, cells, _real(made))
@@ -203,12 +204,12 @@ class Bordered:
             block[:, output - first : output - first + taps.shape[0]] = seen
             yield block.flatten(1, 2)
 
-    def _covariance(self, axis: int, span: int) -> Tensor:
+    def _covariance(self, axis: int, span: int, inverse: Tensor) -> Tensor:
         """``D`` between cells near an edge, at each frequency along it."""
-        T, half = self.cells[axis], self.inverse.shape[axis]
+        T, half = self.cells[axis], inverse.shape[axis]
         waves = torch.stack([_wave(T, d, half) for d in range(1 - span, span)]) / T
-        waves = waves.to(self.inverse)
-        D = self.inverse.movedim(axis, 0)
+        waves = waves.to(inverse)
+        D = inverse.movedim(axis, 0)
         by = torch.tensordot(waves, D, 1)
         if axis == 1:  # only half of these frequencies is stored
             inner = waves.new_ones(half)
@@ -235,8 +236,8 @@ class Bordered:
         flat = taps.transpose(0, 1).reshape(len(self.weight), -1)
         pairs = (flat.T @ flat).reshape(places, C, places, C).transpose(1, 2).contiguous()
         grams = []
-        for ends in ((True, True), (True, False), (False, True), (False, False)):
-            seen = [self._seen(axis, side, ends[axis], W.shape[2 + axis]) for axis in (0, 1)]
+        for end in ENDS:
+            seen = [self._seen(axis, side, end[axis], W.shape[2 + axis]) for axis in (0, 1)]
             gram = pairs.new_zeros(side**2, side**2, C, C)
             for rows, u in seen[0]:
                 for columns, v in seen[1]:
@@ -249,9 +250,9 @@ class Bordered:
         made = torch.cholesky_inverse(torch.linalg.cholesky(torch.stack(grams)))
         return side, (crop[0], crop[1]), made
 
-    def _seen(self, axis: int, side: int, low: bool, k: int) -> list[tuple[Tensor, Tensor]]:
+    def _seen(self, axis: int, side: int, last: bool, k: int) -> list[tuple[Tensor, Tensor]]:
         """For each output along an axis, the corner's pixels that it sees, and by which taps."""
-        start = 0 if low else self.size[axis] - side
+        start = self.size[axis] - side if last else 0
         pixels, found = torch.arange(side, device=self.weight.device), []
         d = self.geometry.dilation[axis]
         for output in range(self.outputs[axis]):
@@ -263,29 +264,20 @@ class Bordered:
 
     def _cut(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The four corners of a picture, ``(4 N, C, …)``."""
-        a, b = size
-        rows, columns = (slice(a), slice(-a, None)), (slice(b), slice(-b, None))
-        return torch.cat([x[:, :, r, c] for r in rows for c in columns])
+        return torch.cat([x[_corner(end, size)] for end in ENDS])
 
     def _placed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Small corners in larger ones."""
         out = x.new_zeros(len(x), self.channels, *size)
-        for at, part, whole in self._quarters(x, out):
-            rows, columns = at
-            side = part.shape[2], part.shape[3]
-            whole[:, :, _end(rows, side[0]), _end(columns, side[1])] = part
+        for end, part, whole in zip(ENDS, x.chunk(4), out.chunk(4), strict=True):
+            whole[_corner(end, part.shape[2:])] = part
         return out
-
-    def _quarters(self, x: Tensor, out: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-        ends = ((0, 0), (0, 1), (1, 0), (1, 1))
-        yield from zip(ends, x.chunk(4), out.chunk(4), strict=True)
 
     def _at_corners(self, parts: Tensor, x: Tensor, sign: int) -> Tensor:
         """A picture with something added at its corners."""
         out = x.clone()
-        for at, part in zip(((0, 0), (0, 1), (1, 0), (1, 1)), parts.chunk(4), strict=True):
-            rows, columns = (_end(e, n) for e, n in zip(at, part.shape[2:], strict=True))
-            out[:, :, rows, columns] += sign * part
+        for end, part in zip(ENDS, parts.chunk(4), strict=True):
+            out[_corner(end, part.shape[2:])] += sign * part
         return out
 
     def _solve(self, x: Tensor) -> Tensor:
@@ -293,10 +285,10 @@ class Bordered:
         return self._by_corner(self._cut(x, (self.side, self.side)))
 
     def _solve_cut(self, crops: Tensor) -> Tensor:
-        inner = crops.new_empty(len(crops), self.channels, self.side, self.side)
-        for at, whole, part in self._quarters(crops, inner):
-            part.copy_(whole[:, :, _end(at[0], self.side), _end(at[1], self.side)])
-        return self._by_corner(inner)
+        """The same in pictures of which the larger corners are cut already."""
+        side = self.side, self.side
+        parts = zip(ENDS, crops.chunk(4), strict=True)
+        return self._by_corner(torch.cat([whole[_corner(end, side)] for end, whole in parts]))
 
     def _by_corner(self, parts: Tensor) -> Tensor:
         flat = parts.reshape(4, len(parts) // 4, -1).transpose(1, 2)
@@ -321,8 +313,17 @@ def _times(parts: Tensor, vectors: Tensor) -> Tensor:
     return torch.complex(a[..., :n] - b[..., n:], a[..., n:] + b[..., :n])
 
 
-def _end(last: int, size: int) -> slice:
-    return slice(-size, None) if last else slice(size)
+def _corner(end: Sequence[bool], size: Sequence[int]) -> tuple[EllipsisType | slice, ...]:
+    """Where a corner of that size lies: ``end`` says of each axis whether at its last entries."""
+    return (
+        ...,
+        *(slice(-n, None) if last else slice(n) for last, n in zip(end, size, strict=True)),
+    )
+
+
+def _spans(W: Tensor, geometry: Geometry) -> list[int]:
+    """Pixels from the first tap to the last, along each axis."""
+    return [d * (k - 1) + 1 for d, k in zip(geometry.dilation, W.shape[2:], strict=True)]
 
 
 def _wave(length: int, shift: int, count: int) -> Tensor:

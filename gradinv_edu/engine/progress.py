@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
+from .. import checks
 from .krylov import Progress
 
-__all__ = ["Deadline", "OutOfTime", "bar"]
+__all__ = ["Deadline", "Limit", "OutOfTime", "bar", "end_of", "until"]
 
 
 class OutOfTime(Exception):
@@ -29,6 +31,43 @@ class Deadline(TorchFunctionMode):
         if time.monotonic() > self.end:
             raise OutOfTime
         return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Limit:
+    """Whether the time ran out."""
+
+    passed: bool = False
+
+
+def end_of(seconds: float | None) -> float | None:
+    """``time.monotonic()`` after so many seconds; None for None.
+
+    InvalidArgumentError if it is no number of seconds.
+    """
+    if seconds is None:
+        return None
+    checks.number(seconds, "seconds", "a number of seconds, 0 or more", lambda s: s >= 0)
+    return time.monotonic() + seconds
+
+
+@contextmanager
+def until(end: float | None) -> Iterator[Limit]:
+    """Leave what is inside once ``time.monotonic()`` is past ``end``; never for None.
+
+    What it gives says so afterwards. A caller's own :class:`Deadline` goes through.
+    """
+    limit = Limit()
+    if end is None:
+        yield limit
+        return
+    try:
+        with Deadline(end):
+            yield limit
+    except OutOfTime:
+        if time.monotonic() <= end:
+            raise
+        limit.passed = True
 
 
 @contextmanager

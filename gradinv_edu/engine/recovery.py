@@ -92,7 +92,7 @@ class Recovering(Walk):
 
     def gradient(self, step: Step, parameter: str) -> Tensor | None:
         """Gradient of one of a step's parameters, if it was sent."""
-        return self.gradients.get(f"{step.name}.{parameter}" if step.name else parameter)
+        return self.gradients.get(step.full_name(parameter))
 
     def arrive(self, state: State, below: int) -> State:
         """Turn back at a contradiction."""

@@ -154,28 +154,41 @@ def least_squares(
     cap = cap or patience(n)
     size = math.sqrt(squared_norm(A.adjoint(b))) or 1.0
     fast = A.to(torch.float32)
+    target = max(ROUNDING, 1e-4 * noise) * size
     if before is not None and before.full_rank:
-        target = max(ROUNDING, 1e-4 * noise) * size
         run = cgls(A, b, target, cap, fast=fast, progress=progress, start=before.x)
-        rest = _ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm()))
-        told = run.converged or run.norm <= 1e4 * ROUNDING * size
-        iterations = before.iterations + run.iterations
-        return replace(before, x=run.x, residual=rest, iterations=iterations, converged=told)
+        return replace(
+            before,
+            x=run.x,
+            residual=_left(run, b),
+            iterations=before.iterations + run.iterations,
+            converged=_ended(run, size),
+        )
     if precondition is not None:
         found = _preconditioned(A, b, size, fast, precondition, generator, progress)
         if found is not None:
             return found
-    run = cgls(A, b, max(ROUNDING, 1e-4 * noise) * size, cap, fast=fast, progress=progress)
+    run = cgls(A, b, target, cap, fast=fast, progress=progress)
     test = rank_test(A, cap=cap, generator=generator, fast=fast, progress=progress, beside=run)
     return Solution(
         x=run.x,
-        residual=_ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm())),
+        residual=_left(run, b),
         iterations=run.iterations + test.iterations,
         undetermined=test.undetermined,
         smallest_singular_value=test.smallest_singular_value,
         largest_singular_value=test.largest_singular_value,
-        converged=run.converged or run.norm <= 1e4 * ROUNDING * size,
+        converged=_ended(run, size),
     )
+
+
+def _left(run: Run, b: Rows) -> float:
+    """Relative norm of what an iteration leaves unexplained."""
+    return _ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm()))
+
+
+def _ended(run: Run, size: float) -> bool:
+    """Whether it arrived, or at rounding."""
+    return run.converged or run.norm <= 1e4 * ROUNDING * size
 
 
 def _preconditioned(
@@ -193,7 +206,7 @@ def _preconditioned(
     if left > 0:
         return None
     run = cgls(A, b, ROUNDING * size, FEW, **options)  # type: ignore[arg-type]
-    if not run.converged and run.norm > 1e4 * ROUNDING * size:
+    if not _ended(run, size):
         return None
     low = high = draw(A.like, torch.Generator().manual_seed(1))
     for _ in range(INVERSE):
@@ -201,8 +214,7 @@ def _preconditioned(
     for _ in range(INVERSE):
         high = A.adjoint(A.forward(high / high.norm()))
     least, most = (math.sqrt(A.forward(v / v.norm()).squared_norm()) for v in (low, high))
-    residual = _ratio(math.sqrt(run.unexplained.squared_norm()), math.sqrt(b.squared_norm()))
-    return Solution(run.x, residual, run.iterations + test.iterations, 0.0, least, most)
+    return Solution(run.x, _left(run, b), run.iterations + test.iterations, 0.0, least, most)
 
 
 def _by_svd(A: Operator, b: Rows) -> Solution:

@@ -226,8 +226,7 @@ def positive(steps: Sequence[Step], position: int) -> bool:
 def lowest_dense(steps: Sequence[Step], biased: Sequence[str]) -> int | None:
     """The dense layer on vectors closest to the input whose bias is among those named."""
     for index, step in enumerate(steps):
-        bias = f"{step.name}.bias" if step.name else "bias"
-        if Group((step,)).dense and bias in biased:
+        if Group((step,)).dense and step.full_name("bias") in biased:
             return index
     return None
 

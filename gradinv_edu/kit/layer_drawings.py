@@ -52,9 +52,8 @@ def local_steps() -> Drawing:
     for step, ((a, b), (c, d)) in enumerate(pairwise(points), 1):
         drawing.arrow(a, b, c, d, "known")
         shift = (-6, 14) if step == 1 else (-8, 20)
-        anchor = "end"
         drawing.text(
-            (a + c) / 2 + shift[0], (b + d) / 2 + shift[1], f"−η g_{{{step}}}", "known", anchor
+            (a + c) / 2 + shift[0], (b + d) / 2 + shift[1], f"−η g_{{{step}}}", "known", "end"
         )
     drawing.arrow(296, 188, 60, 50, "found", dashed=True)
     drawing.text(40, 32, "θ_{0}: what the server sent")

@@ -128,6 +128,22 @@ class Drawing:
         )
         return self
 
+    def line(
+        self, x1: float, y1: float, x2: float, y2: float, kind: str = "plain", dashed: bool = False
+    ) -> Drawing:
+        """Draw a thin line between two points."""
+        dash = ' stroke-dasharray="2 4"' if dashed else ""
+        self.parts.append(
+            f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="{_colour(kind)}" '
+            f'stroke-width="1.4" fill="none"{dash}/>'
+        )
+        return self
+
+    def dot(self, x: float, y: float, kind: str = "plain", radius: float = 5) -> Drawing:
+        """Draw a filled point."""
+        self.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{_colour(kind)}"/>')
+        return self
+
     def __repr__(self) -> str:
         """Say what is drawn."""
         return f"a drawing: {self.alt}"
@@ -224,15 +240,15 @@ def rows_as_points() -> Drawing:
         "carries a single point.",
     )
     x, y = 190, 165
-    _line(drawing, x - 150, y + 75, x + 150, y - 75, "known")
-    _line(drawing, x - 50, y + 125, x + 50, y - 125, "found")
-    _line(drawing, x - 150, y - 45, x + 150, y + 45, "quiet", dashed=True)
+    drawing.line(x - 150, y + 75, x + 150, y - 75, "known")
+    drawing.line(x - 50, y + 125, x + 50, y - 125, "found")
+    drawing.line(x - 150, y - 45, x + 150, y + 45, "quiet", dashed=True)
     for at in (-0.85, -0.4, 0.5, 0.95):
-        _dot(drawing, x + 150 * at, y - 75 * at, "known")
+        drawing.dot(x + 150 * at, y - 75 * at, "known")
     for at in (-0.9, 0.55, 0.9):
-        _dot(drawing, x + 50 * at, y - 125 * at, "found")
+        drawing.dot(x + 50 * at, y - 125 * at, "found")
     for dx, dy in ((110, 33), (-60, -70), (-100, 10), (20, 95), (130, -18)):
-        _dot(drawing, x + dx, y + dy, "plain")
+        drawing.dot(x + dx, y + dy, "plain")
     drawing.arrow(x, y, x - 31, y - 62, "known").text(x - 52, y - 70, "q", "known")
     drawing.text(258, 78, "zero for sample 1", "known")
     drawing.text(196, 22, "zero for sample 2", "found")
@@ -283,33 +299,13 @@ def noise_floor() -> Drawing:
     )
     drawing.arrow(190, 115, 190, 71, "known").text(197, 96, "σ / s_{1}", "known")
     drawing.arrow(190, 115, 348, 115, "known").text(286, 108, "σ / s_{n}", "known")
-    _dot(drawing, 190, 115, "found")
+    drawing.dot(190, 115, "found")
     drawing.text(182, 134, "x", "found", "end")
     for dx, dy in ((-140, -8), (-95, 30), (-52, -39), (66, 36), (118, -25), (-20, 22), (40, -12)):
-        _dot(drawing, 190 + dx, 115 + dy, "quiet", 3)
+        drawing.dot(190 + dx, 115 + dy, "quiet", 3)
     drawing.text(190, 40, "with a prior", "quiet", "middle")
     drawing.text(10, 236, "grey dots: answers of unbiased attackers", "quiet")
     return drawing.text(10, 258, "s: singular values of J = ∂g/∂x", "quiet")
-
-
-def _line(
-    drawing: Drawing,
-    x1: float,
-    y1: float,
-    x2: float,
-    y2: float,
-    kind: str = "plain",
-    dashed: bool = False,
-) -> None:
-    dash = ' stroke-dasharray="2 4"' if dashed else ""
-    drawing.parts.append(
-        f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="{_colour(kind)}" '
-        f'stroke-width="1.4" fill="none"{dash}/>'
-    )
-
-
-def _dot(drawing: Drawing, x: float, y: float, kind: str = "plain", radius: float = 5) -> None:
-    drawing.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{_colour(kind)}"/>')
 
 
 def trust_models() -> Drawing:
