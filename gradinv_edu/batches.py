@@ -1,4 +1,4 @@
-"""A dense layer's gradient and a batch: ``G = K X``, and the ReLU's zeros in ``K``.
+"""A dense layer's gradient and a batch: ``G = kᵀ X``, and the ReLU's zeros in ``k``.
 
 Rows that one sample alone excites give it at once (:func:`isolated_samples`); else the sparsest
 directions of the gradient's column space are the samples' (:func:`recover_batch`). At the other
@@ -17,7 +17,12 @@ from . import checks
 from .checks import checked
 from .engine.losses import count_labels, possible_labels, recover_outputs
 from .engine.low_rank import Factors, low_rank_factors, machine_epsilon, require_bias
-from .engine.sparse import Progress, null_vectors, sparse_basis, sparse_directions
+from .engine.sparse import (
+    Progress,
+    null_vectors,
+    sparse_basis,
+    sparse_directions,
+)
 from .errors import InconsistentGradientError, InvalidArgumentError, NotRecoveredError
 
 __all__ = [
@@ -112,11 +117,11 @@ def isolated_samples(
 
 
 def expected_isolated(rows: int, batch_size: int, active: float) -> float:
-    r""":math:`m\,N\,q\,(1 - q)^{N-1}`: rows that one sample alone excites.
+    r""":math:`m\,N\,p_\text{on}\,(1 - p_\text{on})^{N-1}`: rows that one sample alone excites.
 
-    Of m ``rows``, each excited by each of N samples with probability ``active``, q,
-    independently. Largest at q = 1/N, where it is nearly m/e. Implements :eq:`isolated-count`.
-    Raises :class:`InvalidArgumentError` for m, N or q that cannot be.
+    Of m ``rows``, each excited by each of N samples with probability ``active``, independently.
+    Largest at 1/N, where it is nearly m/e. Implements :eq:`isolated-count`.
+    Raises :class:`InvalidArgumentError` for arguments that cannot be.
 
     >>> expected_isolated(1000, 4, 0.5)
     250.0
@@ -135,15 +140,16 @@ def recover_batch(
     *,
     weight: Float[Tensor, " m n"] | None = None,
     bias: Float[Tensor, " m"] | None = None,
+    above: Float[Tensor, " outputs m"] | None = None,
     outputs: int | None = None,
     method: str = "descent",
     generator: torch.Generator | None = None,
     progress: Progress | bool = False,
     budget: int | None = None,
 ) -> Float[Tensor, " batch_size n"]:
-    r""":math:`x_n = (K^+ G)_n / (K^+ b)_n`: every sample of a batch, from the sparse ``K``.
+    r""":math:`x_n = ((k^\top)^+ G)_n / ((k^\top)^+\, \partial L/\partial b)_n`, from sparse ``k``.
 
-    ``[G | b] = K [X | 1]`` has rank N, and after a ReLU each column of ``K`` is zero in many
+    ``[G | ∂L/∂b] = kᵀ [X | 1]`` has rank N, and after a ReLU each row of ``k`` is zero in many
     rows, those in which its sample is off: :func:`sparse_basis` finds it up to its length, which
     ``b = ∂L/∂b`` gives. For one averaged gradient, or the sum of several local steps in which
     each sample has rows where it stays off. Implements :eq:`batch-inputs`.
@@ -159,8 +165,11 @@ def recover_batch(
         pass :func:`forward_agreement`, and the search ends as soon as it does. Leave them out
         for several local steps, which switch units; then an answer whose zeros are few, or avoid
         each other, is refused.
+    above : Tensor, optional
+        Weight of the dense layer right above the ReLU, ``(outputs, m)``, when the gradient of one
+        step was taken: many more samples are told apart.
     outputs : int, optional
-        How many outputs the network has. Under N outputs or fewer, ``K`` has rows of fewer
+        How many outputs the network has. Under N outputs or fewer, ``k`` has rows of fewer
         dimensions than samples, and mixtures vanish in more of them than a sample does: without
         ``weight`` such an answer is refused. Left out, the caller vouches for more outputs.
     method, generator, progress, budget
@@ -185,7 +194,8 @@ def recover_batch(
     G, b = weight_gradient, require_bias(bias_gradient)
     if bias is not None and weight is None:
         raise InvalidArgumentError("bias is of no use without weight: give both, or neither.")
-    if weight is None and outputs is not None and checks.whole(outputs, "outputs") <= batch_size:
+    known = weight is not None or above is not None
+    if not known and outputs is not None and checks.whole(outputs, "outputs") <= batch_size:
         raise NotRecoveredError(
             f"Under {outputs} output(s) mixtures of {batch_size} samples vanish in more rows than "
             "the samples do: give weight, whose forward pass tells them apart."
@@ -207,6 +217,7 @@ def recover_batch(
     directions = sparse_basis(
         factors,
         method=method,
+        above=above,
         generator=generator,
         progress=progress,
         budget=budget,
@@ -224,7 +235,7 @@ def forward_agreement(
 ) -> float:
     r""":math:`[k_{nj} \neq 0] = [w_j \cdot x_n + b_j > 0]`: in what share of rows this holds.
 
-    The forward pass tells which units each recovered sample switches on; with ``K = G X⁺`` the
+    The forward pass tells which units each recovered sample switches on; with ``kᵀ = G X⁺`` the
     gradient tells it again. For the samples themselves both agree in all rows that are not zero.
     Implements :eq:`forward-witness`.
 

@@ -27,11 +27,11 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 @checked
 def as_dense(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
-    r""":math:`z = T x + b,\quad T_{(f,p),(c,q)} = W_{f,c,u}` where :math:`q = p + u`, else 0.
+    r""":math:`z = \mathbf{W} x + b,\; \mathbf{W}_{(f,\ell),(c,\ell + t)} = W_{f,c,t}`, else 0.
 
     The matrix of a convolution: one row for each filter ``f`` and position ``p``, one column for
     each channel ``c`` and pixel ``q``. It holds every weight once for each position, and zeros:
-    ``T @ x.flatten() + bias == conv(x).flatten()``. Implements :eq:`conv-as-dense`.
+    ``matrix @ x.flatten() + bias == conv(x).flatten()``. Implements :eq:`conv-as-dense`.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def as_dense(conv: Conv, input_shape: tuple[int, ...]) -> Tensor:
 
 @checked
 def patches(conv: Conv, inputs: Float[Tensor, "N C ..."]) -> Float[Tensor, "N P J"]:
-    r""":math:`\mathrm{patch}_p(x)_{c,u} = x_c(p + u)`: what the kernel sees at each position.
+    r""":math:`\mathrm{patch}_\ell(x)_{c,t} = x_c(\ell + t)`: what the kernel sees at each position.
 
     Also known as *im2col*; padding included, all channels, in any dimension.
 
@@ -92,7 +92,7 @@ def patches(conv: Conv, inputs: Float[Tensor, "N C ..."]) -> Float[Tensor, "N P 
 def weight_gradient(
     conv: Conv, inputs: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N F ..."]
 ) -> Tensor:
-    r""":math:`\partial L/\partial W_f = \sum_p k_f(p)\,\mathrm{patch}_p(x)`, over all positions.
+    r""":math:`\partial L/\partial W_f = \sum_\ell k_f(\ell)\,\mathrm{patch}_\ell(x)`.
 
     A weight is used at every position, so its gradient is a sum over them, and over the samples
     of a batch: one convolution on ``P`` positions is one dense layer on a batch of ``P`` patches.
@@ -119,7 +119,7 @@ def weight_gradient(
 def signed_mean_patch(
     conv: Conv, inputs: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N F ..."]
 ) -> Tensor:
-    r""":math:`\sum_p k_f(p)\,\mathrm{patch}_p(x) \,/\, \sum_p k_f(p)`, one for each filter.
+    r""":math:`\sum_\ell k_f(\ell)\,\mathrm{patch}_\ell(x) / \sum_\ell k_f(\ell)`, one a filter.
 
     What the bias ratio ``∂L/∂W_f ÷ ∂L/∂b_f`` must equal: a mean of all patches whose weights sum
     to one but may be negative or larger than one; NaN for a filter whose ``k`` sums to zero,

@@ -321,13 +321,13 @@ class RankLaw:
 
 @checked
 def rank_law(conv: nn.Module, input_shape: Shape) -> RankLaw:
-    r""":math:`\mathrm{rank}[W; K] = \min(n,\; |W| + \mathrm{rank}\,K - F^2)`.
+    r""":math:`\mathrm{rank}[W; K] = \min(n,\; |W| + \mathrm{rank}\,K - C'^2)`.
 
     The rank of a convolution's two sets of equations without a matrix, by counting. ``|W|`` is
     the number of weight equations. ``rank K`` is counted for each channel and each class of
     pixels that the stride keeps apart: the class's rows or its pixels, whichever is less.
-    ``F²`` equations, one for each pair of filters, are in both sets (with groups, per group;
-    ``F·P`` where there are fewer positions ``P`` than filters ``F``). Implements :eq:`rank-law`.
+    ``C'²`` equations, one for each pair of filters, are in both sets (with groups, per group;
+    ``C'·P`` where there are fewer positions ``P`` than filters ``C'``). Implements :eq:`rank-law`.
 
     Parameters
     ----------

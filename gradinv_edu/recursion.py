@@ -126,12 +126,14 @@ class Recovery:
             f"{r.name:<16}{r.unknowns:>9}{r.equations:>10}{_bound(r.residual):>10}"
             f"{'full' if r.full_rank else 'deficient':>11}"
             + (f", {r.unsettled} units with two inputs unsettled" if r.unsettled else "")
+            + (f", up to {r.hidden}" if r.hidden else "")
             for r in self.layers
         ]
         twins = f", {len(self.candidates)} answers explain it" if len(self.candidates) > 1 else ""
         hidden = [f"hidden: {what}" for what in self.hidden]
         ended = ["the time given ran out"] if self.ran_out else []
-        return "\n".join([head, *lines, *hidden, *ended, f"exact: {self.exact}{twins}"])
+        verdict = f"exact: {'yes' if self.exact else 'no'}{twins}"
+        return "\n".join([head, *lines, *hidden, *ended, verdict])
 
 
 def _bound(residual: float) -> str:
@@ -154,7 +156,7 @@ def recover(
     seconds: float | None = None,
     walk: type[Recovering] = Recovering,
 ) -> Recovery:
-    r""":math:`k_{\text{below}} = (W^\top k) \odot \sigma'(z_{\text{below}})`, layer after layer.
+    r""":math:`k_{\text{below}} = (W^\top k) \odot \phi'(z_{\text{below}})`, layer after layer.
 
     The recursion from the loss, or from the lowest dense layer whose bias gradient gives ``k``
     directly, down to the input. A layer that lacks equations is solved together with those below

@@ -22,13 +22,12 @@ from .engine.layers.base import LayerOperator
 from .engine.layers.convolution import ConvolutionOperator, DirectOperator
 from .engine.layers.dense import LinearOperator
 from .engine.preconditioner import Bordered
-from .engine.solve import Solution, least_squares
+from .engine.solve import Solution, least_squares, preconditioned
 from .errors import InvalidTensorError, UnsupportedLayerError
 
 __all__ = ["Balance", "LayerSystem", "ScaledSystem"]
 
 CLEAN = 1e-12  # relative noise up to which weight rows alone would do, and a preconditioner serves
-LIGHT = 0.05  # weight of the gradient rows beside it, of what would balance both sets
 BALANCE = 0.1  # of the mean eigenvalue, added before filters are made alike: noise stays below it
 
 
@@ -37,7 +36,7 @@ class LayerSystem:
 
     All that a server knows of the input ``x`` of a layer ``z = W·x + b``: the *weight
     constraints* ``W·x = z − b`` and the *gradient constraints* ``K x = ∂L/∂W``, where
-    ``K x = Σ_p k_p ⊗ patch_p(x)`` and ``k = ∂L/∂z``. For a batch each sample keeps its own
+    ``K x = Σ_ℓ k(ℓ) ⊗ patch_ℓ(x)`` and ``k = ∂L/∂z``. For a batch each sample keeps its own
     weight constraints, and all share the summed gradient constraints.
     Implements :eq:`weight-constraints`, :eq:`gradient-constraints`, :eq:`row-scaling` and
     :eq:`masked-rows`.
@@ -167,7 +166,7 @@ class LayerSystem:
         return _times(self.row_mask, rows), _times(self.gradient_mask, gradient_rows)
 
     def rmatvec(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
-        r""":math:`(r, g) \mapsto W^\top r + K^\top g`, the adjoint of :meth:`matvec`.
+        r""":math:`(r_z, r_G) \mapsto W^\top r_z + K^\top r_G`, the adjoint of :meth:`matvec`.
 
         Parameters
         ----------
@@ -265,16 +264,17 @@ class LayerSystem:
         plain = dense or max_iterations is not None or before is not None
         if not plain and system.row_mask is None and noise <= CLEAN:
             made = Bordered.of(_scaled(system))
-        if made is not None:
-            light = copy.copy(system)
-            light.gradient_scale = LIGHT * system.gradient_scale
-            rows = light.right_hand_side(outputs, weight_gradient)
-            return least_squares(ScaledSystem(light), rows, precondition=made, **options)
-        rows = system.right_hand_side(outputs, weight_gradient)
-        cap = max_iterations
-        return least_squares(
-            ScaledSystem(system), rows, dense=dense, cap=cap, before=before, **options
-        )
+        A, rows = ScaledSystem(system), system.right_hand_side(outputs, weight_gradient)
+        if made is not None:  # weight rows alone: the gradient's would spoil it, and add nothing
+            bare = ScaledSystem(system.without(gradient=True))
+            alone = replace(rows, g=torch.zeros_like(rows.g))
+            found = preconditioned(bare, alone, made, generator=generator, progress=progress)
+            if found is not None:
+                rest = A.forward(found.x)
+                rest.minus(rows)
+                residual = math.sqrt(rest.squared_norm() / rows.squared_norm())
+                return replace(found, residual=residual)
+        return least_squares(A, rows, dense=dense, cap=max_iterations, before=before, **options)
 
     def by_channel(
         self,
@@ -285,7 +285,7 @@ class LayerSystem:
         positive: bool = False,
         noise: float = 0.0,
     ) -> Solution | None:
-        r""":math:`\sum_p k_f(p)\, x_c(p + t) = G_{f,c,t}`: one small matrix for all channels ``c``.
+        r""":math:`\sum_\ell k_f(\ell)\, x_c(\ell + t) = G_{f,c,t}`: one matrix for all ``c``.
 
         The gradient constraints of a convolution act alike on every input channel. What they leave
         open is settled by the weight constraints, in these directions alone.
@@ -374,6 +374,8 @@ class ScaledSystem:
         self.operator = _scaled(system).to(dtype)
         masks = system.row_mask, system.gradient_mask
         self.row_mask, self.gradient_mask = (None if m is None else m.to(dtype) for m in masks)
+        bare = system.gradient_mask is not None and not bool(system.gradient_mask.any())
+        self.rowed = self.operator if bare and isinstance(self.operator, DirectOperator) else None
 
     def to(self, dtype: torch.dtype) -> ScaledSystem:
         """Return the same map in another precision."""
@@ -381,11 +383,17 @@ class ScaledSystem:
 
     def forward(self, x: Tensor) -> Rows:
         """Masked and scaled rows of ``x``."""
+        if self.rowed is not None:  # no gradient rows: half the work
+            z = self.rowed.geometry.rows(x, self.rowed.weight)
+            return Rows(_times(self.row_mask, z), x.new_zeros(self.system.gradient_shape))
         z, g = self.operator.forward(x)
         return Rows(_times(self.row_mask, z), _times(self.gradient_mask, g))
 
     def adjoint(self, r: Rows) -> Tensor:
         """Masked and scaled rows, pulled back to the input."""
+        if self.rowed is not None:
+            z, move = _times(self.row_mask, r.z), self.rowed.geometry
+            return move.rows_adjoint(z, self.rowed.weight, self.rowed.template)
         return self.operator.adjoint(_times(self.row_mask, r.z), _times(self.gradient_mask, r.g))
 
     def matrix(self) -> Tensor:

@@ -248,6 +248,23 @@ def test_the_forward_pass_tells_a_wrong_batch() -> None:
     assert batches.forward_agreement(*layer, G, mixed) < 0.95
 
 
+@pytest.mark.parametrize(("N", "dtype", "bound"), [(24, F64, 1e-12), (16, F32, 1e-4)])
+def test_the_layer_above_tells_more_samples_than_outputs(
+    N: int, dtype: torch.dtype, bound: float
+) -> None:
+    x, y = gi.data.digits(range(N))
+    net, x = _net(64, 400, dtype=dtype), x.to(dtype)
+    (G, b), layer = _first(net, x, y), (net[1].weight, net[1].bias)
+    found = batches.recover_batch(
+        G, b, N, weight=layer[0], bias=layer[1], above=net[3].weight, budget=2048
+    )
+    assert _error(x, found) < bound
+    assert batches.forward_agreement(*layer, G, found) > 0.999
+    # weights of another network explain nothing
+    with pytest.raises(NotRecoveredError):
+        batches.recover_batch(G, b, N, above=net[3].weight.flip(1), budget=256)
+
+
 def test_more_samples_than_outputs_above_need_the_forward_pass() -> None:
     """Ten classes span nine dimensions: where all samples are on, twelve cancel by themselves."""
     x, y = gi.data.digits(range(12))

@@ -293,3 +293,37 @@ def test_bad_arguments_are_refused() -> None:
         windows(nn.FractionalMaxPool2d(2, output_size=3), (6, 6))
     with pytest.raises(InvalidTensorError, match="does not take maps"):
         windows(nn.MaxPool2d(7), (6, 6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2), (4, 7, 6)),
+        (nn.Conv1d(3, 5, 3, padding=2, dilation=2), (3, 9)),
+        (nn.Conv3d(1, 2, 2), (1, 4, 3, 5)),
+    ],
+)
+def test_a_folded_convolution_is_the_convolution(layer: nn.Module, shape: Shape) -> None:
+    layer, a = layer.double(), normal((1, *shape), 0).requires_grad_()
+    z, folded = layer(a), Folded(layer, shape)
+    k = normal(z.shape, 1)
+    G, below = torch.autograd.grad(z, (next(layer.parameters()), a), k)
+    torch.testing.assert_close(folded(a), z)
+    torch.testing.assert_close(folded.gradient(k, a), G)
+    torch.testing.assert_close(folded.rows_adjoint(k), below)
+    # the gradient's adjoints, in each of its two arguments
+    product = (folded.gradient(k, a) * G).sum()
+    torch.testing.assert_close((folded.rows(a, G) * k).sum(), product)
+    torch.testing.assert_close((folded.rows_adjoint(k, G) * a).sum(), product)
+
+
+def test_near_ties_are_left_to_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a smooth picture rows cannot tell places apart; without such rounds it takes longer."""
+    torch.manual_seed(4)
+    x = gi.data.photo("retina", 32, dtype=torch.float64)
+    stem = nn.Conv2d(3, 64, 11, stride=4, padding=2).double()
+    case = Pooled(stem, nn.MaxPool2d(3, 2), x, nn.ReLU())
+    found = case.solve(rounds=20)
+    assert found.verified and distance(found.solution.x, x) < 1e-9
+    monkeypatch.setattr(unpool, "FREED", 0)
+    assert not case.solve(rounds=20).verified

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +25,13 @@ DOUBT = 1e-4  # no place is ever ruled out for good
 SURE = 0.99  # belief from which a place counts as found
 ALIKE = 1e-3  # in deviations: candidates as far from the value have one value
 FADING = 0.985  # of the prior from one round to the next, at least
-GAIN = 0.9  # of the error over its least so far, where it still falls
 NOISY = 10.0  # times the noise of the gradients: that of the values
+FEW = 1024  # positions whose inner products are all computed; winners at a time where more
+MOST = 0.85  # share of sure winners from which the gradient can tell the others
+OUTLYING = 0.5  # weight of a winner's row below which it counts as in doubt
+PLAUSIBLE = 1e-6  # of the likeliest place: what another needs to be tried
+NEAR = 1e-3  # error from which the prior may go altogether
+WEAK = 0.02  # of the prior in rounds that leave places free
 LATE = 0.985  # share of sure winners from which the prior counts a tenth
 
 
@@ -37,7 +42,8 @@ class Annealing:
     belief that a winner is there (``m``), and with each winner's ``k`` at its expected place, which
     ``e`` moves by its own spread. Then each winner is asked anew where it is, by how far its
     candidates in ``W x + b`` are from its value. The prior ``μ`` fades with the error, which is
-    told by winners whose rows were held out.
+    told by winners whose rows were held out. Once most are found, rounds without the prior leave
+    the places of all others to the gradient: near ties, which rows cannot tell apart, it can.
 
     Parameters
     ----------
@@ -87,45 +93,44 @@ class Annealing:
         self.norms = self.norms / self.norms.mean()
         self.size = float(winners.values.abs().mean()) or 1.0
         self.floor = max(1e-10, NOISY * noise) * self.size  # of violations, and of the error
-        self.error = self.first = self.least = math.inf
+        self.error = self.first = math.inf
         self.outlying = torch.ones_like(winners.values)
         self.trust = torch.ones_like(layer.bias)
-        self.prior, self.stalled = 1.0, 0
+        self.prior = 1.0
         self.misses = self.x.new_zeros(2, *winners.map_shape)
         self.choice = self.belief.argmax(1)
         self.changed, self.sure = len(self.choice), self.choice < 0
 
     @property
-    def calm(self) -> bool:
-        """Whether the places no longer change and nearly all are sure."""
-        share = float(self.sure.double().mean())
-        still = self.changed <= 0.004 * len(self.choice)
-        return still and (share >= 0.998 or (self.stalled >= 3 and share >= 0.9))
+    def settling(self) -> bool:
+        """Whether so many places are sure that the gradient can tell the others."""
+        return float(self.sure.double().mean()) >= MOST
 
-    def turn(self) -> None:
-        """One round."""
+    def turn(self, free: bool = False) -> None:
+        """One round; ``free``: without the prior, places in doubt told by the gradient alone."""
         w, first = self.winners, self.round == 0
-        held = self._hold()
-        system, b, scales = self._system(held)
-        small = self.error < 1e-5 * self.size
-        steps = 400 if small else 200 if self.error < 1e-2 * self.size and self.round > 5 else 120
+        held = ~(self.sure & (self.outlying > OUTLYING)) if free else self._hold()
+        system, b, scales = self._system(held, free)
+        late = self.error < 1e-2 * self.size and self.round > 5
+        steps = (400 if self.error > NEAR * self.size else 1000) if free else 200 if late else 120
         u = torch.cat([self.x.flatten(), torch.zeros_like(self.belief).flatten()])
-        u = _solve(system, b, u, scales, steps, min(1e-4, 1e-2 * min(1.0, self.error / self.size)))
+        near = min(1.0, self.error / self.size / NEAR)
+        tolerance = min(1e-4, 1e-2 * min(1.0, self.error / self.size))
+        tolerance *= max(0.1, near) if free else 1.0
+        u = _solve(system, b, u, scales, steps, tolerance)
         self.x, e = system.split(u)
         told = self.belief + system.shifted(e)
         left = system.unexplained(self.x, e, self.gradient)
         self.z = self.layer(self.under.look(self.x))
         excess = (w.gather(self.z) - w.values[:, None]) / self.norms[w.filters][:, None]
         excess = torch.where(w.possible, excess, -torch.inf)
-        deviation = self._deviation(excess, held)
+        deviation = self._deviation(excess, held, free)
         self._believe(excess, deviation, told)
         if self.round > 2:
             spread = left.median() + 1e-300
             self.trust = 1 / (1 + left / (9 * spread))
         self.first = self.error if first else self.first
         self.prior = min(FADING * self.prior, self.error / (self.first or 1.0))
-        self.stalled = 0 if self.error <= GAIN * self.least else self.stalled + 1
-        self.least = min(self.least, self.error)
         self.round += 1
 
     def _hold(self) -> Tensor:
@@ -135,9 +140,10 @@ class Annealing:
             (drawn.to(self.x.device) < HELD) & (self.winners.possible.sum(1) > 1) & (self.round > 0)
         )
 
-    def _system(self, held: Tensor) -> tuple[_Joint, Rows, Tensor]:
+    def _system(self, held: Tensor, free: bool) -> tuple[_Joint, Rows, tuple[Tensor, Tensor]]:
         w, layer, under = self.winners, self.layer, self.under
         first, late = self.round == 0, 0.1 if float(self.sure.double().mean()) >= LATE else 1.0
+        late = WEAK * min(1.0, self.error / self.size / NEAR) ** 2 if free else late
         a = under.look(self.x)
         k = w.scatter(self.belief * w.k[:, None])
         weight = (0.3 * self.belief if first else self.belief**8) * (self.outlying * ~held)[:, None]
@@ -154,9 +160,10 @@ class Annealing:
             layer,
             under,
             w,
-            a,
+            layer.patches(a),
+            layer.matrix(layer.weight),
             k,
-            ((1 - DOUBT) * self.belief + DOUBT * self.uniform).sqrt(),
+            self._spread(held, free),
             m.sqrt(),
             filters.sqrt().reshape(-1, *(1,) * (layer.weight.dim() - 1)),
             math.sqrt(noise),
@@ -167,14 +174,22 @@ class Annealing:
         rest = g.new_zeros(system.root.numel() + sum(map(len, system.smooth.forward(self.x))))
         return system, Rows(rows, torch.cat([g.flatten(), rest])), system.scales(balance)
 
-    def _deviation(self, excess: Tensor, held: Tensor) -> Tensor:
+    def _spread(self, held: Tensor, free: bool) -> Tensor:
+        """Root of the beliefs; ``free``, all plausible places of a winner in doubt are alike."""
+        if not free:
+            return ((1 - DOUBT) * self.belief + DOUBT * self.uniform).sqrt()
+        likely = self.belief > PLAUSIBLE * self.belief.amax(1, keepdim=True)
+        likely = likely & held[:, None]
+        return (likely / likely.sum(1, keepdim=True).clamp_min(1)).sqrt()
+
+    def _deviation(self, excess: Tensor, held: Tensor, anew: bool) -> Tensor:
         """Standard deviation of ``excess``, smoothed over the map, by the rows held out."""
         w = self.winners
         top = excess.max(1)
         if self.round == 0:
             self.error = 1.5 * float(top.values.abs().median())
             return torch.full_like(excess, self.error)
-        self.misses *= 0.6
+        self.misses *= 0.0 if anew else 0.6
         at = w.places.gather(1, top.indices[:, None])[held, 0]
         flat = self.misses.reshape(2, -1)
         flat[0].index_add_(0, at, top.values[held] ** 2)
@@ -212,7 +227,8 @@ class _Joint:
     layer: Folded
     under: Beneath
     winners: Winners
-    a: Tensor  # the convolution's input so far
+    seen: Tensor  # patches of the convolution's input so far
+    weight: Tensor
     k: Tensor
     root: Tensor  # of the belief
     rows: Tensor  # weight of each
@@ -220,6 +236,28 @@ class _Joint:
     stiff: float  # weight of e
     smooth: _Smooth
     dtype: torch.dtype = torch.float64
+
+    def to(self, dtype: torch.dtype) -> _Joint:
+        """Return the same map in another precision."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype)
+
+        smooth = replace(
+            self.smooth, mix=cast(self.smooth.mix), roots=[cast(r) for r in self.smooth.roots]
+        )
+        return replace(
+            self,
+            winners=replace(self.winners, k=cast(self.winners.k)),
+            seen=cast(self.seen),
+            weight=cast(self.weight),
+            k=cast(self.k),
+            root=cast(self.root),
+            rows=cast(self.rows),
+            filters=cast(self.filters),
+            smooth=smooth,
+            dtype=dtype,
+        )
 
     def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
         n = math.prod(self.under.shape)
@@ -230,40 +268,60 @@ class _Joint:
         return self.root * (e - (self.root * e).sum(1, keepdim=True) * self.root)
 
     def gradient(self, x: Tensor, e: Tensor) -> Tensor:
+        return self._gradient(self.layer.patches(self.under.forward(x)), e)
+
+    def _gradient(self, P: Tensor, e: Tensor) -> Tensor:
         moved = self.winners.scatter(self.shifted(e) * self.winners.k[:, None])
-        seen = self.layer.gradient(self.k, self.under.forward(x))
-        return seen + self.layer.gradient(moved, self.a)
+        seen = self.k.flatten(2)[0] @ P.T + moved.flatten(2)[0] @ self.seen.T
+        return self.layer.of_matrix(seen)
 
     def forward(self, u: Tensor) -> Rows:
         x, e = self.split(u)
-        g = self.filters * self.gradient(x, e)
-        rows = self.rows * self.layer.rows(self.under.forward(x))
+        P = self.layer.patches(self.under.forward(x))
+        g = self.filters * self._gradient(P, e)
+        rows = self.rows * (self.weight @ P).reshape(self.rows.shape)
         parts = [g.flatten(), self.stiff * e.flatten(), *self.smooth.forward(x)]
         return Rows(rows, torch.cat(parts))
 
     def adjoint(self, r: Rows) -> Tensor:
         n, m = self.layer.weight.numel(), self.root.numel()
-        g = self.filters * r.g[:n].reshape(self.layer.weight.shape)
-        a = self.layer.rows_adjoint(self.rows * r.z) + self.layer.rows_adjoint(self.k, g)
-        x = self.under.adjoint(a) + self.smooth.adjoint(r.g[n + m :], self.under.shape)
-        moved = self.winners.gather(self.layer.rows(self.a, g)) * self.winners.k[:, None]
+        g = self.layer.matrix(self.filters * r.g[:n].reshape(self.layer.weight.shape))
+        P = self.weight.T @ (self.rows * r.z).flatten(2)[0] + g.T @ self.k.flatten(2)[0]
+        x = self.under.adjoint(self.layer.patches_adjoint(P))
+        x = x + self.smooth.adjoint(r.g[n + m :], self.under.shape)
+        moved = self.winners.gather(g @ self.seen) * self.winners.k[:, None]
         moved = moved * self.winners.possible
         e = self.root * (moved - (self.root**2 * moved).sum(1, keepdim=True))
         return torch.cat(
             [x.flatten(), (e + self.stiff * r.g[n : n + m].reshape(e.shape)).flatten()]
         )
 
-    def scales(self, balance: float) -> Tensor:
-        """One over the square root of the normal equations' diagonal."""
+    def scales(self, balance: float) -> tuple[Tensor, Tensor]:
+        """Root of the inverse of the normal equations' diagonal, and of a block a winner."""
         ones = torch.ones_like(self.layer.weight)
         d = self.layer.rows_adjoint(self.rows**2, self.layer.weight**2)
         d = self.under.diagonal(d + balance * self.layer.rows_adjoint(self.k**2, ones))
         d = d + 4 * self.smooth.strength**2 + 1e-6 * d.mean()
-        q = self.root**2
-        size = self.winners.gather(self.layer.rows(self.a**2, ones))
-        spread = balance * self.winners.k[:, None] ** 2 * q * (1 - q) * size
-        spread = spread + self.stiff**2 + 1e-300
-        return torch.cat([d.flatten(), spread.flatten()]).rsqrt()
+        return d.rsqrt(), self._turned(balance)
+
+    def _turned(self, balance: float) -> Tensor:
+        """``(N, m, m)``: root of the inverse of each winner's own normal equations in ``e``."""
+        w = self.winners
+        patches, at = self.seen.T, w.places.clamp_min(0)
+        if len(patches) <= FEW:
+            gram = (patches @ patches.T)[at[:, :, None], at[:, None, :]]
+        else:
+            each = (patches[part] for part in torch.split(at, FEW))
+            gram = torch.cat([seen @ seen.mT for seen in each])
+        along, across = self.root[:, :, None], self.root[:, None, :]
+        gram = along * gram * across
+        gram = gram - along * (along * gram).sum(1, keepdim=True)
+        gram = gram - across * (across * gram).sum(2, keepdim=True)
+        gram = balance * w.k[:, None, None] ** 2 * gram
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp_min(0) + self.stiff**2 + 1e-12 * values.amax() + 1e-300
+        inverse: Tensor = (vectors * values.rsqrt()[:, None, :]) @ vectors.mT
+        return inverse
 
     def unexplained(self, x: Tensor, e: Tensor, gradient: Tensor) -> Tensor:
         """Mean square of what is left of each filter's gradient."""
@@ -340,16 +398,30 @@ def _whitening(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _solve(
-    system: _Joint, b: Rows, start: Tensor, scales: Tensor, steps: int, tolerance: float
+    system: _Joint,
+    b: Rows,
+    start: Tensor,
+    scales: tuple[Tensor, Tensor],
+    steps: int,
+    tolerance: float,
 ) -> Tensor:
-    """Conjugate gradients with the diagonal for a preconditioner."""
+    """Conjugate gradients, each entry and each winner scaled to one."""
 
-    def scaled(u: Tensor) -> Tensor:
-        return scales * u
+    def inside(system: _Joint) -> Preconditioned:
+        each, winner = (part.to(system.dtype) for part in scales)
 
-    inside = Preconditioned(system, scaled, scaled)
-    target = tolerance * math.sqrt(squared_norm(inside.adjoint(b)))
-    return scales * cgls(inside, b, target, steps, start=start / scales).x
+        def scaled(u: Tensor) -> Tensor:
+            x, e = system.split(u)
+            return torch.cat([(each * x).flatten(), (winner @ e[..., None]).flatten()])
+
+        return Preconditioned(system, scaled, scaled, system.dtype)
+
+    exact = inside(system)
+    x, e = system.split(start)
+    begun = torch.cat([(x / scales[0]).flatten(), torch.linalg.solve(scales[1], e).flatten()])
+    target = tolerance * math.sqrt(squared_norm(exact.adjoint(b)))
+    fast = inside(system.to(torch.float32))
+    return exact.undo(cgls(exact, b, target, steps, fast=fast, start=begun).x)
 
 
 def _blur(field: Tensor, width: float = 1.5) -> Tensor:

@@ -14,13 +14,15 @@ from ..systems import ScaledSystem
 from . import blind
 from .evidence import LADDER, Layer, counted, refined, sided
 from .graph import Step
-from .hidden import Hidden, bias_below, shifts
+from .hidden import Hidden, bias_below, shifts, unshaped
 from .joint import LARGEST, Branching, Normalising
 from .krylov import Progress
 from .layers import Rule, rule_of
+from .layers.activations import ReLU
 from .layers.branches import Block, Node
 from .layers.convolution import Conv
 from .layers.norms import Norm
+from .norm_system import entries
 from .progress import until
 from .recovery import Recovering
 from .reports import TOLERANCES
@@ -218,6 +220,10 @@ class Auditing(Walk):
         step = self.steps[position]
         assert isinstance(step.module, Block)
         x = self.passed.values[position]
+        lone = _lone(step.module, x)
+        if lone is not None and position <= self.begins:
+            why = "it takes the mean of one number a channel away, and leaves nothing of it"
+            self.stops.append(Stop(lone, "norm in train mode", why))
         # where the walk stops anyway, what each layer inside could tell is more than a yes or no
         stopped = any(s.rule.refusal is not None for s in self.steps[: self.begins])
         if stopped or x.numel() > LARGEST:
@@ -263,7 +269,9 @@ class Auditing(Walk):
         assert hidden is not None
         if hidden.unseen is not None and below >= 0:
             x = self.passed.values[below + 1]
-            if shifts(self.steps, below, x, hidden.unseen, state.noise) is None:
+            place = unshaped(self.steps, below)
+            relu = place >= 0 and isinstance(self.steps[place].rule, ReLU)
+            if not relu and shifts(self.steps, below, x, hidden.unseen) is None:
                 asked = self.asked[last]
                 assert isinstance(asked, Normalising)
                 self.asked[last] = replace(asked, lost=int(hidden.unseen.max()) + 1)
@@ -404,6 +412,19 @@ def _may_begin(step: Step) -> bool:
     )
 
 
+def _lone(block: Block, x: Tensor) -> str | None:
+    """Norm in a block whose every group is one number of the sample: its output is its shift."""
+    rules = [rule_of(layer) for layer in block.layers]
+    if not any(rule.normalises for rule in rules):
+        return None
+    with torch.no_grad():
+        values = block.values(x, torch.Generator().manual_seed(0))
+    for node, rule, z in zip(block.nodes, rules, values[1:], strict=True):
+        if isinstance(rule, Norm) and rule.normalises and entries(rule, tuple(z.shape)) < 2:
+            return node.name
+    return None
+
+
 def _summed(module: torch.nn.Module, above: Rule | None) -> bool:
     """Whether a bias here, or of a norm right above, has the sum of ``k`` for its gradient."""
     own = getattr(module, "bias", None) is not None
@@ -431,7 +452,7 @@ def _mask_above(nodes: Sequence[Node], passed: Passed, place: int) -> tuple[Tens
         if rule.pools:
             known = _selected(rule, None, passed.values[below + 1], y)
         else:
-            known = rule.undo(y, nodes[place].name, 1e-16).known.to(torch.float64)
+            known = rule.tells(passed.values[below + 1], nodes[place].name, 1e-16).to(y)
         if not bool(known.all()):
             weight = known * (1.0 if weight is None else weight)
         if rule.pools:

@@ -16,6 +16,7 @@ from torch import nn
 from .. import batches, design, dropout, fully_connected, pruning, recursion
 from ..errors import DoesNotApplyError, GradientInversionError, NotRecoveredError
 from ..sharing import Update
+from . import patches
 from .losses import GUESSES
 from .received import Answer, Received, first_layer, gradient_of, match, recover, with_gradients
 
@@ -137,8 +138,9 @@ def _completed(received: Received) -> Answer:
 @against(ALGEBRA, "soteria")
 def _columns(received: Received) -> Answer:
     """Soteria: the classifier's pruned columns left out, as if dropped; only it has them."""
-    if isinstance(first_layer(received.model)[1], nn.Linear):  # it says it all
-        return recover(received, below=True)
+    first = first_layer(received.model)[1]
+    if isinstance(first, nn.Linear) or patches.find(received.model, received.input_shape):
+        return recover(received, below=True)  # it says it all
     masked = dropout.with_dropout(received.model, 1e-12).train()
     place = dropout.classifier(received.model)
     head = (f"{place}.weight", f"{place}.bias")

@@ -58,15 +58,16 @@ def possible(conv: Conv, input_shape: tuple[int, ...]) -> bool:
 def solve(
     conv: Conv,
     weight_gradient: Float[Tensor, "F C ..."],
-    total: Float[Tensor, " F"],
+    total: Float[Tensor, " F"] | None,
     input_shape: tuple[int, ...],
     *,
+    centred: bool = False,
     noise: float = 0.0,
 ) -> Blind | None:
-    r""":math:`\partial L/\partial W_t = K S_t A`: both factors from the taps of one gradient.
+    r""":math:`\partial L/\partial W_t = k\, S_t A`: both factors from the taps of one gradient.
 
     ``S_t`` shifts the map by tap ``t``, ``A`` holds the input, ``(positions, channels)``, and
-    ``K`` the output gradient, ``(filters, positions)``. Projected on the leading singular vectors
+    ``k`` the output gradient, ``(filters, positions)``. Projected on the leading singular vectors
     of all taps, ``B_t = T_0⁻¹ T_t = Y S_t Y⁻¹``: the same unknown ``Y`` turns every known shift
     into what was received. The eigenvectors of one combination of taps give ``Y`` up to a scale
     each; the other taps tie these scales together, and ``Σ_p k`` fixes the last.
@@ -79,10 +80,14 @@ def solve(
         filters or channels (:func:`gradinv_edu.networks.may_be_blind`).
     weight_gradient : Tensor
         ``∂L/∂W``, shaped as the weight, float64.
-    total : Tensor
+    total : Tensor or None
         ``Σ_p k``, ``(filters,)``: the gradient of the bias, or what a norm above tells of it.
+        None leaves one factor open, and its sign.
     input_shape : tuple of int
         ``(channels, *positions)``.
+    centred : bool
+        Whether each filter's ``k`` adds up to zero, as under a batch norm of its own statistics:
+        ``K`` then spans one dimension less, and all taps together give both factors.
     noise : float
         Relative noise of the gradient.
 
@@ -98,15 +103,18 @@ def solve(
     """
     index, pixels = places(conv, input_shape)
     checks.fits(weight_gradient, "weight_gradient", conv.weight.shape)
-    checks.fits(total, "total", (conv.out_channels,))
+    if total is not None:
+        checks.fits(total, "total", (conv.out_channels,))
     filters, channels = conv.out_channels // conv.groups, conv.in_channels // conv.groups
     size = float(weight_gradient.abs().max())
     if size == 0:
         return None
     taps = (weight_gradient / size).reshape(conv.groups, filters, channels, -1)
     parts = []
-    for group, own in zip(taps, (total / size).reshape(conv.groups, filters), strict=True):
-        part = _factors(group.permute(2, 0, 1), own, _shifts(index, pixels, group), noise)
+    sums = [None] * conv.groups if total is None else [*(total / size).reshape(-1, filters)]
+    for group, own in zip(taps, sums, strict=True):
+        S = _shifts(index, pixels, group)
+        part = _factors(group.permute(2, 0, 1), own, S, centred, noise)
         if part is None:
             return None
         parts.append(part)
@@ -134,34 +142,60 @@ def _shifts(index: Tensor, pixels: int, like: Tensor) -> Tensor:
     return S[:, :, 1:].to(like.device)
 
 
-def _factors(G: Tensor, total: Tensor, S: Tensor, noise: float) -> _Part | None:
-    """``K`` and ``A`` from ``(taps, filters, channels)``."""
+def _factors(
+    G: Tensor, total: Tensor | None, S: Tensor, centred: bool, noise: float
+) -> _Part | None:
+    """``k`` and ``A`` from ``(taps, filters, channels)``."""
     P, middle = S.shape[1], len(S) // 2
     filters, channels = (G.abs().amax(dim=dims) > 0 for dims in ((0, 2), (0, 1)))
     live = G[:, filters][:, :, channels]  # what never moved says nothing, and would divide by zero
-    if min(live.shape[1:]) < P:
+    rank = P - centred
+    if live.shape[1] < rank or live.shape[2] < P or not rank:
         return None
-    U, left = _leading(live.transpose(0, 1).flatten(1), P)
+    U, left = _leading(live.transpose(0, 1).flatten(1), rank)
     V, right = _leading(live.permute(2, 0, 1).flatten(1), P)
     if min(left, right) < max(FAINT, 10 * noise):
         return None
-    T = U.T @ live @ V
-    if P > 1:
-        turned = _similarity(torch.linalg.solve(T[middle], T), S, max(SEPARATE, 10 * noise))
+    T, least = U.T @ live @ V, max(SEPARATE, 10 * noise)
+    separate = 1.0
+    if centred:
+        found = _both(T, S, least)
+        if found is None:
+            return None
+        K, separate = U @ found[0], found[1]
+    elif P > 1:
+        turned = _similarity(torch.linalg.solve(T[middle], T), S, least)
         if turned is None:
             return None
-        Y, separate = turned
+        K, separate = U @ T[middle] @ turned[0], turned[1]
     else:
-        Y, separate = torch.eye(1, dtype=G.dtype, device=G.device), 1.0
-    K, A, residual = _refined(live, U @ T[middle] @ Y, S)
-    sums = K.sum(1)
-    scale = float(sums @ total[filters] / sums.square().sum())
-    if scale == 0 or not math.isfinite(scale):
-        return None
-    apart = float((scale * sums - total[filters]).norm() / total.norm())
+        K = U @ T[middle]
+    K, A, residual = _refined(live, K, S)
+    scale, apart = 1.0, 0.0
+    if total is not None:
+        sums = K.sum(1)
+        scale = float(sums @ total[filters] / sums.square().sum())
+        if scale == 0 or not math.isfinite(scale):
+            return None
+        apart = float((scale * sums - total[filters]).norm() / total.norm())
     k, a = G.new_zeros(len(filters), P), G.new_zeros(len(channels), P)
     k[filters], a[channels] = scale * K, A.T / scale
     return _Part(k, a, max(residual, apart), min(left, right, separate))
+
+
+def _both(T: Tensor, S: Tensor, separate: float) -> tuple[Tensor, float] | None:
+    """``X⁻¹ Q`` with ``X T_t = Q S_t B`` for all taps, linear in ``(X, B)``; ``Q 1 = 0``."""
+    taps, rank, P = T.shape
+    ones = torch.full((P, 1), P**-0.5, dtype=T.dtype, device=T.device)
+    Q = torch.linalg.qr(torch.cat([ones, torch.eye(P).to(T)[:, 1:]], 1)).Q[:, 1:].T
+    one, own = torch.eye(rank).to(T), torch.eye(P).to(T)
+    left = torch.einsum("ai,tkj->tajik", one, T).reshape(taps * rank * P, -1)
+    right = torch.einsum("tam,jb->tajmb", Q @ S, own).reshape(taps * rank * P, -1)
+    _, values, ways = torch.linalg.svd(torch.cat([left, -right], 1), full_matrices=False)
+    tied = float(values[-2] / values[0])
+    X = ways[-1, : rank * rank].reshape(rank, rank)
+    inverse, info = torch.linalg.inv_ex(X)
+    return (inverse @ Q, tied) if tied > separate and int(info) == 0 else None
 
 
 def _leading(M: Tensor, P: int) -> tuple[Tensor, float]:

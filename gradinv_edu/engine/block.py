@@ -25,10 +25,10 @@ EXPLAINED = 1e-9  # relative residual of an answer that needs no second attempt
 
 
 class BlockSystem:
-    r""":math:`f(x) + g(x) = s,\; \partial L/\partial\theta(x) = G_\theta`.
+    r""":math:`f(x) + W_s x = z,\; \partial L/\partial\theta(x) = G_\theta`.
 
     The equations of a block, such as one whose output is the sum of two ways, given the output
-    ``s`` and its gradient ``k = ∂L/∂s``. A sum hands the same ``k`` to both ways, so the last
+    ``z`` and its gradient ``k = ∂L/∂z``. A sum hands the same ``k`` to both ways, so the last
     layer of each keeps its gradient constraints; the input is shared, and so the unknowns are
     too. A gradient further down a way depends on the side of every kink above it and jumps there:
     it is left out at first, and joins where the others leave part of the input open, once they
@@ -248,9 +248,9 @@ def two_systems(
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
-    r""":math:`g x + W_2 a = s,\; K_2 a = G_2` for ``(x, a)``; then ``W_1 x = σ⁻¹(a)`` and the rest.
+    r""":math:`W_s x + W_2 a = z,\; K_2 a = G_2` for ``(x, a)``; then ``W_1 x = φ⁻¹(a)``.
 
-    A block ``g x + W_2 σ(W_1 x)`` with its hidden activation taken for an unknown of its own:
+    A block ``W_s x + W_2 φ(W_1 x)`` with its hidden activation taken for an unknown of its own:
     first one linear system, whose ``a`` tells the sides of the kinks, then another for ``x``
     alone, with everything that the first could not use.
 
@@ -320,7 +320,7 @@ class _Fork(nn.Module):
 
 
 def _parts(block: Block) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module] | None:
-    """``(W_1, σ, W_2, g)`` of a block ``g x + W_2 σ(W_1 x)``; None for another form."""
+    """``(W_1, φ, W_2, W_s)`` of a block ``W_s x + W_2 φ(W_1 x)``; None for another form."""
     ways = block.ways()
     if ways is None or not all(_straight(module) for module in ways[1]):
         return None

@@ -56,7 +56,7 @@ def small(operator: ConvolutionOperator) -> bool:
 def solve(
     operator: ConvolutionOperator, G: Tensor, known: tuple[Tensor, Tensor] | None = None
 ) -> Channels:
-    r""":math:`\sum_p k_f(p)\, x_c(p + t) = G_{f,c,t}` for every channel ``c``.
+    r""":math:`\sum_\ell k_f(\ell)\, x_c(\ell + t) = G_{f,c,t}` for every channel ``c``.
 
     Parameters
     ----------

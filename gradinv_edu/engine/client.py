@@ -265,6 +265,8 @@ class Report:
         Standard deviation of the noise, in units of the gradient.
     reason : str
         For the action.
+    seconds : float
+        Of the audit, by the clock.
     """
 
     client: int
@@ -274,6 +276,7 @@ class Report:
     action: str = ""
     sigma: float = 0.0
     reason: str = ""
+    seconds: float = 0.0
 
     @property
     def worst(self) -> Attempt:

@@ -131,11 +131,13 @@ def narrow_first_layer(
     Raises
     ------
     DoesNotApplyError
-        If the first layer is dense.
+        If the network does not begin with two convolutions.
     """
     convolutions = [layer for layer in network if isinstance(layer, nn.Conv2d)]
     if not convolutions or network[0] is not convolutions[0]:
         raise DoesNotApplyError("A dense first layer tells every pixel, however few its units.")
+    if len(convolutions) < 2:
+        raise DoesNotApplyError("The second convolution is inside a block, whose sums need all.")
     (first, second), head = convolutions[:2], network[-1]
     assert isinstance(head, nn.Linear)
     channels, size, _ = input_shape

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -12,16 +12,22 @@ from torch import Tensor, nn
 
 from ..errors import InconsistentGradientError
 from ..systems import LayerSystem
-from . import blind, kinks
+from . import blind, channels, edge_norms, kinks
+from .hidden import Hidden, from_zero
 from .layers import Rule, pack, rule_of, weight_names
 from .layers.activations import ReLU
 from .layers.branches import Block, Concatenation, Node, Product, Sum
 from .layers.convolution import Conv, Convolution
+from .layers.norms import GroupNorm, Norm
+from .norm_system import entries
+from .segment import within_reach
 from .solve import Solution
 
 __all__ = ["Edges", "Found", "in_doubt", "total"]
 
 Part = tuple[Tensor, Tensor]  # a value, and where it is known
+NORMED = 16  # positions up to which a convolution under a norm of its own is read blind
+ALIKE = 0.05  # relative change of a block's output that its norms' ε may make
 DOUBT = 30.0  # times the noise: a residual above it may come from a unit read on the wrong side
 FAINT = 1e-9  # of the largest singular value: below, patches do not tell their output gradients
 
@@ -77,8 +83,9 @@ class Edges:
         input_shape: tuple[int, ...],
         noise: float,
         positive: bool = False,
+        iterate: bool = True,
     ) -> None:
-        self.positive = positive
+        self.positive, self.iterate = positive, iterate
         self.block, self.gradients, self.noise = block, gradients, noise
         self.rules = [rule_of(layer) for layer in block.layers]
         like = next(iter(gradients.values()))
@@ -96,12 +103,22 @@ class Edges:
         self.partial: dict[int, Part] = {}
         self.turns: dict[int, Tensor] = {}
         self.tried: set[tuple[int, str]] = set()
+        self.hidden: Hidden | None = None  # what the block leaves open of its input
         self.found: list[Found] = []
 
     @property
     def whole(self) -> bool:
         """Whether both the block's input and its gradient were found."""
         return self.values[0] is not None and self.ks[0] is not None
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether the block makes the same of ``x`` and ``2 x``, up to the ``ε`` of its norms."""
+        x = self.values[0]
+        assert x is not None
+        with torch.no_grad():
+            one, two = self.block(x), self.block(2 * x)
+        return float((two - one).norm()) <= ALIKE * float(one.norm())
 
     @property
     def solution(self) -> Solution:
@@ -143,11 +160,12 @@ class Edges:
             self.turns[len(self.ks) - 1] = turn
         try:
             while not self.whole:
-                if not (self._pass() or self._solve() or self._blind(lowest=k is None)):
+                found = self._pass() or self._solve() or self._normed()
+                if not (found or self._blind(lowest=k is None)):
                     return False
         except InconsistentGradientError:  # no value inside a layer's range explains the gradient
             return False
-        return True
+        return self.hidden is None or self.scale_free
 
     def _know(self, edge: int, value: Tensor, known: Tensor | None) -> None:
         """Note a value, or the part of it that is known."""
@@ -195,9 +213,18 @@ class Edges:
     def _forward(self, place: int, node: Node) -> None:
         """A layer applied to its inputs."""
         sources = self._sources(node)
-        if self.values[place + 1] is None and sources is not None and not self.rules[place].random:
+        if self.values[place + 1] is None and sources is not None and not self._drawn(place):
             with torch.no_grad():
-                self.values[place + 1] = self.block.layers[place](*sources)
+                self.values[place + 1] = self._layer(place)(*sources)
+
+    def _drawn(self, place: int) -> bool:
+        """Whether a layer does what only the client knows."""
+        return self.rules[place].random and not self.rules[place].normalises
+
+    def _layer(self, place: int) -> Callable[..., Tensor]:
+        """What a layer does, without leaving a trace in it."""
+        module, alone = self.block.layers[place], len(self.block.nodes[place].sources) == 1
+        return self.rules[place].forward if alone else module
 
     def _back(self, place: int, node: Node) -> None:
         """Inputs that the output, and other inputs, leave no choice."""
@@ -236,11 +263,11 @@ class Edges:
             return
         sources = self._sources(node)
         linear = rule.affine or rule.reshapes or isinstance(module, Sum | Concatenation)
-        if sources is None and linear and not rule.random:
+        if sources is None and linear and not self._drawn(place):
             sources = [self.like.new_zeros(self.shapes[source]) for source in node.sources]
         turn = self.turns.get(place + 1)
-        if sources is not None and not rule.random:
-            for slot, part in enumerate(_pull(module, k, sources)):
+        if sources is not None and not self._drawn(place):
+            for slot, part in enumerate(_pull(self._layer(place), k, sources)):
                 self.pulled[place, slot] = part
             if turn is not None and linear and (rule.elementwise or isinstance(module, Sum)):
                 self.turns |= dict(zip(node.sources, _pull(module, turn, sources), strict=True))
@@ -270,6 +297,11 @@ class Edges:
             (gain,) = _pull(module, torch.ones_like(k), [torch.zeros_like(k)])
             if bool((gain != 0).all()):
                 self.ks[place + 1] = k / gain
+        elif isinstance(rule, Norm) and rule.normalises:
+            own = [self.gradients.get(f"layers.{place}.{name}") for name in ("weight", "bias")]
+            z = self.values[node.sources[0]]
+            if z is not None and own[0] is not None and own[1] is not None:
+                self.ks[place + 1] = edge_norms.risen(rule, z, k, own[0], own[1])
 
     # --- what a layer's own gradient gives ----------------------------------------------------
 
@@ -313,31 +345,28 @@ class Edges:
         shape = tuple(self.shapes[source][1:])
         part, above = self.partial.get(source), self._part(place + 1)
         rows = G.numel() + sum(int(known.sum()) for _, known in filter(None, (part, above)))
-        if rows < math.prod(shape):
+        n, large = math.prod(shape), math.prod(shape[1:]) > channels.PIXELS
+        if rows < n or (large and not within_reach(n, rows - n)):  # too few, or steps without end
             return None
+        few = G.numel() < n and above is not None and part is None
 
         def solve(k: Tensor, before: Solution | None = None) -> tuple[LayerSystem, Solution]:
             mask = None if above is None else above[1].to(k.dtype)
             system = LayerSystem(module, k, shape, mask)
-            solution = system.solve(None, G, noise=self.noise)
-            if not solution.full_rank:
+            found = None if few else system.solve(None, G, noise=self.noise)
+            if found is None or not found.full_rank:
                 rows, positive = None if above is None else above[0], self._positive(source)
-                solution = (
-                    system.by_channel(rows, G, part, positive=positive, noise=self.noise)
-                    or solution
+                found = (
+                    system.by_channel(rows, G, part, positive=positive, noise=self.noise) or found
                 )
-            if not solution.full_rank and above is not None and part is None:
-                solution = system.solve(above[0], G, noise=self.noise, before=before)
-            return system, solution
+            lacks = found is None or not found.full_rank
+            if lacks and above is not None and part is None:
+                found = system.solve(above[0], G, noise=self.noise, before=before)
+            assert found is not None
+            return system, found
 
+        k = self._summing(place + 1, k, self._total(place))
         turn = self.turns.get(place + 1)
-        if turn is not None and (sums := self._total(place)) is not None:
-            told = kinks.told_by_sums(k, turn, sums, self.noise)
-            if bool(told.any()):
-                change = torch.where(told, turn, torch.zeros_like(turn))
-                self.turns[place + 1] = turn = torch.where(told, -turn, turn)
-                self._turned(place + 1, change)
-                k = k + change
         system, solution = solve(k)
         doubtful = solution.residual > DOUBT * self.noise and solution.full_rank
         if doubtful and turn is not None and bool(turn.any()):
@@ -349,9 +378,93 @@ class Edges:
         self._note(Found(node.name, system.equations, solution))
         return self._cleaned(source, solution.x)
 
+    # --- norms of their own statistics ----------------------------------------------------------
+
+    def _normed(self) -> bool:
+        """A norm and the layer below it, whose input is then known up to a factor, or told."""
+        for above in reversed(range(len(self.block.nodes))):
+            rule, k = self.rules[above], self.ks[above + 1]
+            place = self.block.nodes[above].sources[0] - 1
+            if not rule.normalises or k is None or place < 0 or len(self.users[place + 1]) > 1:
+                continue
+            G, sources = self._gradient(place), self.block.nodes[place].sources
+            part, module = self._part(above + 1), self.block.layers[place]
+            if G is None or self.values[sources[0]] is not None or _skips(module):
+                continue
+            if not self._first(above, "input" if part is None else "input by outputs"):
+                continue
+            assert isinstance(rule, Norm)
+            shape = tuple(self.shapes[sources[0]][1:])
+            own = [self.gradients.get(f"layers.{above}.{name}") for name in ("weight", "bias")]
+            if isinstance(rule, GroupNorm):
+                k = self._summing(above + 1, k, own[1])
+            found = edge_norms.solve(
+                module, rule, k, part, shape, (G, own[0], own[1]), self.noise, iterate=self.iterate
+            )
+            if found is not None:
+                name = f"{self.block.nodes[place].name}+{self.block.nodes[above].name}"
+                self._note(Found(name, found.equations, found.solution))
+                hidden = Hidden(self.block.nodes[above].name, found.factor, found.unseen)
+                told = None if found.scaled else hidden
+                self._place(sources[0], found.inputs, found.k, told)
+                return True
+        return False
+
+    def _place(self, edge: int, x: Tensor, k: Tensor, hidden: Hidden | None) -> None:
+        """Scale an edge's value by what is known of it, of the bias below, or by ε at last."""
+        if hidden is None:
+            self.values[edge] = self._cleaned(edge, x)
+            return
+        part, value = self.partial.get(edge), None
+        if part is not None:
+            value = edge_norms.by_entries(x, part, hidden.unseen)
+        if value is None and hidden.unseen is not None and edge and self._positive(edge):
+            moved, floating = from_zero(x, hidden.unseen, self.noise)
+            if floating is None:
+                x, hidden = moved, replace(hidden, unseen=None)
+        below = None if value is not None or hidden.unseen is not None else self._below(edge)
+        if below is not None:
+            value = edge_norms.by_bias(x, k, hidden.guess, below, self.noise)
+        if value is None:
+            value = hidden.times(x)
+            if edge == 0:
+                self.hidden = replace(hidden, guess=torch.ones_like(hidden.guess))
+        self.values[edge] = self._cleaned(edge, value)
+
+    def _below(self, edge: int) -> edge_norms.Below | None:
+        """Whose bias's gradient tells the factor of an edge."""
+        users = [user for user in self.users[edge] if user in self.pulled]
+        if edge == 0 or len(users) < len(self.users[edge]) - 1:
+            return None
+        beside = sum(
+            (self.pulled[user] for user in users), torch.zeros(self.shapes[edge]).to(self.like)
+        )
+        place, activation = edge - 1, None
+        if self.rules[place].elementwise and not self.rules[place].scales:
+            activation, place = self.rules[place], self.block.nodes[place].sources[0] - 1
+        sent = None if place < 0 else self.gradients.get(f"layers.{place}.bias")
+        rule = self.rules[place]
+        alone = edge == place + 1 or len(self.users[place + 1]) == 1
+        if sent is None or not alone or not isinstance(rule, Norm):
+            return None
+        return edge_norms.Below(activation, rule.parameter_sum, sent.reshape(-1), beside)
+
     def _positive(self, edge: int) -> bool:
         """Whether no entry of an edge is negative."""
         return self.positive if edge == 0 else isinstance(self.rules[edge - 1], ReLU)
+
+    def _summing(self, edge: int, k: Tensor, sums: Tensor | None) -> Tensor:
+        """``∂L/∂(edge)`` with the units turned that its sum over places shows to be misread."""
+        turn = self.turns.get(edge)
+        if turn is None or sums is None:
+            return k
+        told = kinks.told_by_sums(k, turn, sums, self.noise)
+        if not bool(told.any()):
+            return k
+        change = torch.where(told, turn, torch.zeros_like(turn))
+        self.turns[edge] = torch.where(told, -turn, turn)
+        self._turned(edge, change)
+        return k + change
 
     def _turned(self, edge: int, change: Tensor) -> None:
         """Change an output gradient, and with it those above that led to it."""
@@ -412,15 +525,31 @@ class Edges:
             new = self.values[source] is None and self.ks[place + 1] is None
             if not new or not blind.possible(module, shape) or not self._first(place, "both"):
                 continue
-            sums = self._total(place)
-            if sums is None:
+            sums, users = self._total(place), self.users[place + 1]
+            above = self.rules[users[0][0]] if len(users) == 1 else None
+            normed = isinstance(above, Norm) and above.normalises
+            if isinstance(above, Norm) and entries(above, tuple(self.shapes[place + 1])) < 2:
                 continue
-            seen = blind.solve(module, G, sums, shape, noise=self.noise)
+            if sums is None and not (normed and self._positive(source)):
+                continue
+            if normed and sums is None and math.prod(shape[1:]) > NORMED:
+                continue
+            centred = normed and math.prod(shape[1:]) > 1 and _alone(above, self.shapes[place + 1])
+            seen = blind.solve(module, G, sums, shape, centred=centred, noise=self.noise)
             if seen is None:
                 continue
-            self._note(Found(node.name, G.numel() + len(sums), seen.solution))
-            self.values[source] = self._cleaned(source, seen.solution.x)
-            self.ks[place + 1] = seen.k
+            self._note(Found(node.name, G.numel(), seen.solution))
+            if sums is not None:
+                self.values[source] = self._cleaned(source, seen.solution.x)
+                self.ks[place + 1] = seen.k
+                return True
+            x = seen.solution.x * seen.solution.x.sum().sign()
+            k = seen.k * seen.solution.x.sum().sign()
+            hidden = Hidden(self.block.nodes[users[0][0]].name, x.new_ones(1))
+            self._place(source, x, _pull(module, k, [x])[0], hidden)
+            placed = self.values[source]
+            assert placed is not None
+            self.ks[place + 1] = k * float((x * x).sum() / (x * placed).sum())
             return True
         return False
 
@@ -464,7 +593,21 @@ def total(own: Tensor | None, norm: Rule | None, bias: Tensor | None) -> Tensor 
     return bias * gain.flatten()
 
 
-def _pull(module: nn.Module, k: Tensor, sources: list[Tensor]) -> list[Tensor]:
+def _alone(norm: Rule | None, shape: torch.Size) -> bool:
+    """Whether every channel of a sample has statistics of its own: its ``k`` adds up to zero."""
+    assert isinstance(norm, Norm)
+    return norm.centred and len(norm.groups(shape).family) == shape[0] * shape[1]
+
+
+def _skips(module: nn.Module) -> bool:
+    """Whether a convolution's stride leaves entries of its input out."""
+    if not isinstance(module, Conv):
+        return False
+    spans = zip(module.stride, module.kernel_size, module.dilation, strict=True)
+    return any(s > d * (n - 1) + 1 for s, n, d in spans)
+
+
+def _pull(module: Callable[..., Tensor], k: Tensor, sources: list[Tensor]) -> list[Tensor]:
     with torch.enable_grad():
         leaves = [source.detach().clone().requires_grad_() for source in sources]
         pulled = torch.autograd.grad(module(*leaves), leaves, k, allow_unused=True)
@@ -472,7 +615,7 @@ def _pull(module: nn.Module, k: Tensor, sources: list[Tensor]) -> list[Tensor]:
 
 
 def _output_gradient(rule: Rule, x: Tensor, G: Tensor, noise: float) -> Tensor | None:
-    """``k`` from ``Σ_p k_p ⊗ patch_p = ∂L/∂W`` with known patches; None where they repeat."""
+    """``k`` from ``Σ_ℓ k(ℓ) ⊗ patch_ℓ = ∂L/∂W`` with known patches; None where they repeat."""
     if not isinstance(rule, Convolution) or (geometry := rule.geometry) is None:
         return None
     conv = cast(Conv, rule.module)

@@ -19,7 +19,7 @@ CHUNK = 2**20  # entries of a gradient that are compared at a time
 def unexplained(
     steps: Sequence[Step], gradients: Mapping[str, Tensor], x: Tensor, kept: Mapping[str, Tensor]
 ) -> float | None:
-    r"""Largest relative part of a gradient :math:`\sum_p k_p \otimes a_p` that no k explains.
+    r"""Largest relative part of :math:`G = \sum_\ell k(\ell) \otimes a_\ell` that no k explains.
 
     For want of a label or a mask the whole gradient cannot be computed again; but below the
     first draw the layers' inputs ``a`` can, and each weight gradient must lie in their span.

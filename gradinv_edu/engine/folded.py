@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import UnsupportedLayerError
 from .layers import rule_of
-from .layers.convolution import Conv, Convolution
+from .layers.convolution import Conv, Convolution, places
 from .solve import draw
 
 __all__ = ["Beneath", "Folded"]
@@ -46,11 +46,14 @@ class Folded:
                 f"shifts its filters; not above {_kinds(parts)}."
             )
         conv = cast(Conv, copy.deepcopy(parts[0]).double())
-        self.geometry = geometry
         self.input_shape, self.weight = tuple(input_shape), conv.weight.detach()
         with checks.fitting(f"{_kinds(parts)} does not take inputs of shape {self.input_shape}"):
             zeros = self.weight.new_zeros(1, *input_shape)
-            self.output_shape = tuple(self.rows(zeros).shape[1:])
+            self.output_shape = tuple(geometry.rows(zeros, self.weight).shape[1:])
+        self.seen = places(conv, self.input_shape)[0].to(self.weight.device)
+        columns = torch.arange(conv.in_channels * len(self.seen), device=self.weight.device)
+        own = columns.reshape(conv.groups, 1, -1).expand(-1, conv.out_channels // conv.groups, -1)
+        self.own = None if conv.groups == 1 else own.reshape(conv.out_channels, -1)
         above = nn.Sequential(*[copy.deepcopy(part).double() for part in parts[1:]])
         probe = draw(self.weight.new_empty(1, *self.output_shape))
         with torch.no_grad():
@@ -77,20 +80,44 @@ class Folded:
         scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
         return gradient / self.column(scale).movedim(1, 0)
 
+    def patches(self, a: Tensor) -> Tensor:
+        """``(channels · taps, positions)``: what each position sees of ``a``."""
+        flat = torch.nn.functional.pad(a.reshape(self.input_shape[0], -1), (1, 0))
+        return flat.index_select(1, self.seen.reshape(-1)).reshape(-1, self.seen.shape[1])
+
+    def patches_adjoint(self, P: Tensor) -> Tensor:
+        """Each position's share, added up where it was seen."""
+        flat = P.new_zeros(self.input_shape[0], 1 + math.prod(self.input_shape[1:]))
+        flat.index_add_(1, self.seen.reshape(-1), P.reshape(len(flat), -1))
+        return flat[:, 1:].reshape(1, *self.input_shape)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``(filters, channels · taps)``; zero for channels of another group."""
+        flat = weight.flatten(1)
+        if self.own is None:
+            return flat
+        wide = flat.new_zeros(len(flat), self.input_shape[0] * len(self.seen))
+        return wide.scatter(1, self.own, flat)
+
+    def of_matrix(self, M: Tensor) -> Tensor:
+        """The adjoint of :meth:`matrix`."""
+        own = M if self.own is None else M.gather(1, self.own)
+        return own.reshape(self.weight.shape)
+
     def rows(self, a: Tensor, weight: Tensor | None = None) -> Tensor:
         """``W * a``; with another weight ``g``, the adjoint of :meth:`gradient` in ``k``."""
         weight = self.weight if weight is None else weight
-        return self.geometry.rows(a, weight.to(a.dtype))
+        found = self.matrix(weight.to(a.dtype)) @ self.patches(a)
+        return found.reshape(1, *self.output_shape)
 
     def rows_adjoint(self, r: Tensor, weight: Tensor | None = None) -> Tensor:
         """``Wᵀ r``; of ``k`` with a weight ``g``, the adjoint of :meth:`gradient` in ``a``."""
         weight = self.weight if weight is None else weight
-        like = r.new_empty(1, *self.input_shape)
-        return self.geometry.rows_adjoint(r, weight.to(r.dtype), like)
+        return self.patches_adjoint(self.matrix(weight.to(r.dtype)).T @ r.flatten(2)[0])
 
     def gradient(self, k: Tensor, a: Tensor) -> Tensor:
-        """``Σ_p k_p ⊗ patch_p(a)``, linear in ``k`` and in ``a``."""
-        return self.geometry.gradient(k, a, self.weight)
+        """``Σ_ℓ k(ℓ) ⊗ patch_ℓ(a)``, linear in ``k`` and in ``a``."""
+        return self.of_matrix(k.flatten(2)[0] @ self.patches(a).T)
 
     def __call__(self, a: Tensor) -> Tensor:
         """``W * a + b``."""

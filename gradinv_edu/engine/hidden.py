@@ -12,12 +12,24 @@ from torch.func import functional_call
 
 from ..errors import GradientInversionError, UndeterminedScaleError
 from .graph import Step
-from .layers import pull_back
-from .layers.activations import ReLU
+from .layers import Rule, pull_back, rule_of
+from .layers.branches import Block, Sum
 from .layers.norms import Groups, Norm
 
-__all__ = ["Hidden", "bias_below", "constants", "fitted", "shifted", "shifts", "summed"]
+__all__ = [
+    "Hidden",
+    "bias_below",
+    "constants",
+    "fitted",
+    "from_zero",
+    "last_bias",
+    "shifted",
+    "shifts",
+    "summed",
+    "unshaped",
+]
 
+MOST = 0.5  # share of a bias's entries that must agree on a factor for the others to be left out
 GRID, DECADES, RED = 241, 12.0, 8  # of the search for a factor under a curved activation
 
 
@@ -49,6 +61,16 @@ class Hidden:
         count = int(self.unseen.max()) + 1
         return factor, f"contrast: {count} constants ({self.norm} leaves x and x + c alike)"
 
+    @property
+    def brief(self) -> str:
+        """The same in few words, for a line of a table."""
+        factor = "one factor" if len(self.guess) == 1 else "one factor a sample"
+        return (
+            factor
+            if self.unseen is None
+            else f"{factor} and {int(self.unseen.max()) + 1} constants"
+        )
+
     def times(self, x: Tensor, by: Tensor | None = None) -> Tensor:
         """``x`` times the factor; by default the guess."""
         by = self.guess if by is None else by
@@ -66,7 +88,7 @@ def bias_below(steps: Sequence[Step], position: int, hidden: Hidden) -> int | No
     curved = None
     for index in range(position, -1, -1):
         step = steps[index]
-        if getattr(step.module, "bias", None) is not None:
+        if last_bias(step) is not None:
             if curved is not None and len(hidden.guess) > 1:
                 break
             return index
@@ -80,6 +102,21 @@ def bias_below(steps: Sequence[Step], position: int, hidden: Hidden) -> int | No
             f"{hidden.norm} leaves what is below it up to a factor, {curved.name} "
             f"({curved.rule.kind}) needs that factor, and no bias between them tells it."
         )
+    return None
+
+
+def last_bias(step: Step) -> tuple[str, Rule] | None:
+    """Name in a step of the bias that is added last, and the rule of the layer that adds it."""
+    module, rule = step.module, step.rule
+    if getattr(module, "bias", None) is not None:
+        return "bias", rule
+    if not isinstance(module, Block) or not isinstance(module.nodes[-1].module, Sum):
+        return None
+    for source in module.nodes[-1].sources:
+        alone = sum(node.sources.count(source) for node in module.nodes) == 1
+        own = rule_of(module.layers[source - 1]) if source > 0 else None
+        if alone and isinstance(own, Norm) and getattr(own.module, "bias", None) is not None:
+            return f"layers.{source - 1}.bias", own
     return None
 
 
@@ -98,8 +135,9 @@ def summed(
         value = value.reshape(len(value), *step.input_shape)
         k = k.reshape(len(k), *step.input_shape)
     step = steps[index]
-    if step.rule.normalises:
-        return torch.stack([step.rule.parameter_sum(part[None]) for part in k])  # type: ignore[attr-defined]
+    told = last_bias(step)
+    if told is not None and isinstance(told[1], Norm):
+        return torch.stack([told[1].parameter_sum(part[None]) for part in k])
     like, bias = k.new_zeros(1, *step.input_shape), step.module.get_parameter("bias").detach()
 
     def shifted(b: Tensor) -> Tensor:
@@ -136,7 +174,8 @@ def fitted(
     size = float(sent.norm()) or 1.0
     if not curved:
         B = predicted(one)
-        B = B.sum(0, keepdim=True) if len(one) == 1 else B
+        if len(one) == 1:
+            return _ratio(B.sum(0), sent)
         inverse = torch.linalg.lstsq(B.T, sent[:, None]).solution[:, 0]
         spread = float((B.T @ inverse - sent).norm()) / size
         return 1 / torch.where(inverse == 0, 1.0, inverse), spread
@@ -157,6 +196,24 @@ def fitted(
             break
         best -= move
     return torch.exp(one * best), float(rest(best).norm()) / size
+
+
+def _ratio(B: Tensor, sent: Tensor) -> tuple[Tensor, float]:
+    """``1/s`` of most entries: a unit on the wrong side of its kink spoils one, and no other."""
+    live = B != 0
+    if not bool(live.any()):
+        return torch.ones_like(B[:1]), 1.0
+    B, sent = B[live], sent[live]
+    ratios = sent / B
+    order = ratios.argsort()
+    half = B.abs()[order].cumsum(0) >= B.abs().sum() / 2
+    gap = (B * ratios[order][half.to(torch.uint8).argmax()] - sent).abs()
+    fits = gap <= 10 * gap.median() + 1e-13 * sent.abs().max()
+    fits = fits if float(fits.double().mean()) >= MOST else torch.ones_like(fits)
+    B, sent = B[fits], sent[fits]
+    by = (B @ sent) / (B @ B).clamp_min(1e-300)
+    spread = float((by * B - sent).norm() / sent.norm().clamp_min(1e-300))
+    return 1 / torch.where(by == 0, 1.0, by)[None], spread
 
 
 def _searched(gap: Callable[[float], float]) -> float:
@@ -228,12 +285,29 @@ def shifted(x: Tensor, number: Tensor, by: Tensor) -> Tensor:
     return x + torch.where(number >= 0, by[number.clamp_min(0)], torch.zeros_like(x))
 
 
-def shifts(
-    steps: Sequence[Step], position: int, x: Tensor, number: Tensor, noise: float
-) -> Callable[[Tensor], Tensor] | None:
-    r""":math:`\min(x + c) = 0` under a ReLU, else :math:`\sum\sigma^{-1}(s(x + c)) = n\beta`.
+def from_zero(x: Tensor, number: Tensor, noise: float) -> tuple[Tensor, Tensor | None]:
+    r""":math:`\min(x + c) = 0` under a ReLU: ``x`` with its open constants, and what is a guess.
 
-    From factors to the constants, by what is known of the activation and the norm below.
+    Returns
+    -------
+    x : Tensor
+        With the least entry of each constant's at zero.
+    floating : Tensor or None
+        Bool: entries whose constant is a guess, because no two of them are equal and least, as
+        those are that a ReLU has set to zero; all of these are alive, or all but one.
+    """
+    count, own, at = int(number.max()) + 1, number >= 0, number.clamp_min(0)
+    least = x.new_full((count,), math.inf).scatter_reduce(0, number[own], x[own], "amin")
+    zeros = x - least[at] <= max(1e2 * noise, 1e-12) * x.abs().max()
+    told = x.new_zeros(count).index_add(0, number[own], zeros[own].to(x))
+    floating = own & (told < 2)[at]
+    return shifted(x, number, -least), floating if bool(floating.any()) else None
+
+
+def shifts(
+    steps: Sequence[Step], position: int, x: Tensor, number: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    r""":math:`\sum\phi^{-1}(s(x + c)) = n\beta`: from factors to the open constants.
 
     Parameters
     ----------
@@ -241,26 +315,21 @@ def shifts(
         The model, and the step whose output is ``x``.
     x, number : Tensor
         The value up to factor and constants.
-    noise : float
-        Of the value.
 
     Returns
     -------
     callable or None
-        None where neither tells.
+        None where no activation of one way and no norm below tell.
     """
+    position = unshaped(steps, position)
+    return None if position < 0 else _by_means(steps, position, x, number)
+
+
+def unshaped(steps: Sequence[Step], position: int) -> int:
+    """Position of the next step at or below that does more than to name entries anew."""
     while position >= 0 and steps[position].rule.reshapes:
         position -= 1
-    if position < 0:
-        return None
-    count, own = int(number.max()) + 1, number >= 0
-    if isinstance(steps[position].rule, ReLU):
-        least = x.new_full((count,), math.inf)
-        least = least.scatter_reduce(0, number[own], x[own], "amin")
-        zeros = x - least[number.clamp_min(0)] <= max(1e2 * noise, 1e-12) * x.abs().max()
-        told = x.new_zeros(count).index_add(0, number[own], zeros[own].to(x))
-        return (lambda s: -least) if bool((told >= 2).all()) else None
-    return _by_means(steps, position, x, number)
+    return position
 
 
 def _by_means(

@@ -12,6 +12,7 @@ from . import block, normalised
 from .edges import Edges
 from .evidence import ENTRIES, TRIED, tested
 from .graph import Step
+from .layers import rule_of
 from .layers.branches import Block
 from .layers.norms import Norm
 from .norm_system import NormSystem
@@ -23,6 +24,8 @@ from .walk import Group, State
 __all__ = ["LARGEST", "Branching", "Normalising"]
 
 LARGEST, STEPS = 8192, 1000  # unknowns of a system whose rank is tested, and most steps of it
+SMALL = 256  # … of a block with a norm of its own statistics, whose factor needs many steps
+LONGEST = 65_536  # unknowns of a norm and the layer below it, likewise
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Branching:
         system = self.system
         if self._unfolds(system):
             return replace(found, rank=found.unknowns, method="layer by layer", recoverable=True)
-        if found.unknowns > LARGEST:
+        own = any(rule_of(layer).normalises for layer in system.block.layers)
+        if found.unknowns > (SMALL if own else LARGEST):
             return found
         rank, method, recoverable = self._rank(system)
         settled = False
@@ -96,7 +100,7 @@ class Branching:
         if self.state.doubt is not None:
             return False
         sent, shape = system.gradients_at(self.x), self.step.input_shape
-        edges = Edges(system.block, sent, shape, 1e-16, self.positive)
+        edges = Edges(system.block, sent, shape, 1e-16, self.positive, iterate=False)
         return edges.settle(self.state.k, self.state.value, self.state.weight)
 
     def _rank(self, system: block.BlockSystem) -> tuple[int, str, bool | None]:
@@ -174,6 +178,8 @@ class Normalising:
         if found.recoverable is not None:
             return found
         system, n = self.system, self.system.unknowns
+        if n > LONGEST:
+            return found
         test = normalised.account_at(system, self.x, self.generator)
         if not test.full_rank:
             rank = min(found.rank, n - 1, round(n * (1 - test.undetermined)))

@@ -22,11 +22,11 @@ BLURRED = 100.0  # times the noise: a gap between sums that rounding does not ma
 
 
 def misread(system: LayerSystem, inputs: Tensor, weight_gradient: Tensor, turn: Tensor) -> Tensor:
-    r""":math:`\arg\max_j\,\lvert\langle Tr,Te_j\rangle\rvert/(\lVert Tr\rVert\lVert Te_j\rVert)`.
+    r""":math:`\arg\max_j |\langle S_k r, S_k e_j\rangle| / (|S_k r|\, |S_k e_j|)`.
 
     A step of matching pursuit: ``r = K x − ∂L/∂W`` is what the gradient's equations leave over at
-    the solution, ``e_j = t_j · (filter of j) ⊗ patch_j(x)`` what the turn of one unit would add,
-    ``T`` the filters' balance. Best matches of other filters that come near it are turned along.
+    the solution, ``e_j = (k'_j − k_j) · (filter of j) ⊗ patch_j(x)`` what one unit's turn adds,
+    ``S_k`` the filters' balance. Best matches of other filters that come near it are turned along.
     Implements :eq:`kink-pursuit`.
 
     Parameters
@@ -38,8 +38,8 @@ def misread(system: LayerSystem, inputs: Tensor, weight_gradient: Tensor, turn: 
     weight_gradient : Tensor
         ``∂L/∂W``, shaped as the weight.
     turn : Tensor
-        ``t``: what ``k`` gains if a unit is on the other side, shaped as ``k``; zero where no unit
-        is in doubt.
+        ``k' − k``: what ``k`` gains if a unit is on the other side, shaped as ``k``; zero where no
+        unit is in doubt.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def misread(system: LayerSystem, inputs: Tensor, weight_gradient: Tensor, turn: 
 
 
 def told_by_sums(k: Tensor, turn: Tensor, sums: Tensor, noise: float) -> Tensor:
-    r""":math:`\sum_p k_f(p) + \sum_{j \in f} t_j = \partial L/\partial b_f`, filter by filter.
+    r""":math:`\sum_\ell k_f(\ell) + \sum_{j \in f} (k'_j - k_j) = \partial L/\partial b_f`.
 
     The gradient of a bias adds up ``k`` over the places of one filter: where it disagrees with the
     ``k`` that was found, the gap is the turn of a unit that was misread, or of two.
@@ -70,7 +70,7 @@ def told_by_sums(k: Tensor, turn: Tensor, sums: Tensor, noise: float) -> Tensor:
     k, turn : Tensor
         ``(1, filters, …)``, as for :func:`~gradinv_edu.segments.misread`.
     sums : Tensor
-        ``Σ_p k``, ``(filters,)``, as it was sent.
+        ``Σ_ℓ k``, ``(filters,)``, as it was sent.
     noise : float
         Of ``k``, relative to its largest entry.
 
@@ -104,12 +104,15 @@ def told_by_sums(k: Tensor, turn: Tensor, sums: Tensor, noise: float) -> Tensor:
 
 def _cosines(system: LayerSystem, x: Tensor, g: Tensor, t: Tensor) -> Tensor:
     """Of what is left with what each turn would add; zero where a turn would add to it."""
-    T = system.balance.gradient
-    T = torch.eye(len(g), dtype=g.dtype, device=g.device) if T is None else T
-    left = torch.tensordot(T, system.matvec(x)[1] - g, 1)
-    inner = _layer(system.module, torch.tensordot(T.mT, left, 1), x)  # ⟨T r, T (filter ⊗ patch)⟩
+    T, left = system.balance.gradient, system.matvec(x)[1] - g
     sizes = _layer(system.module, torch.ones_like(g), x.square()).clamp_min(0).sqrt()
-    sizes = sizes * T.norm(dim=0).reshape(-1, *[1] * (t.dim() - 2)) * left.norm()
+    if T is None:
+        inner = _layer(system.module, left, x)  # ⟨r, filter ⊗ patch⟩
+    else:
+        left = torch.tensordot(T, left, 1)
+        inner = _layer(system.module, torch.tensordot(T.mT, left, 1), x)
+        sizes = sizes * T.norm(dim=0).reshape(-1, *[1] * (t.dim() - 2))
+    sizes = sizes * left.norm()
     fits = (inner * t < 0) & (sizes > 0)
     return torch.where(fits, inner.abs() / sizes, torch.zeros_like(inner))
 
@@ -129,7 +132,7 @@ def settle(
     turn: Tensor,
     solve: Callable[[Tensor, Solution], tuple[LayerSystem, Solution]],
 ) -> tuple[LayerSystem, Solution, int]:
-    r""":math:`K(k + t_j) = K(k) + e_j`, as long as turns explain what is left.
+    r""":math:`K(k') = K(k) + e_j`, as long as turns explain what is left.
 
     Turns the units that :func:`misread` names and solves again; a solution that leaves less
     unexplained is kept, and the search goes on from it. Where no turn explains anything, as under

@@ -15,6 +15,7 @@ UPDATE = 0.03  # share of its last peak at which a residual is computed anew, in
 RARE = 1e-3  # the same where a preconditioner makes steps few, and each new residual dear
 STEPS_WITHOUT_GAIN = 1000  # at least; then the iteration has lost its way to rounding
 STEPS_A_DIGIT = 600  # that float32 may take; slower, float64 keeps its conjugacy better
+ASKED = 4  # steps between two questions whether an answer will do
 DYE_LEFT = 1e-3  # of the one that a single open direction keeps, on average, of a random start
 ARRIVED = 4.0  # times the target: a renewed residual that the recurrence puts below it
 INVISIBLE = 2e-15  # share of what AᵀA makes of a dye that rounding hides: from here on, open
@@ -143,7 +144,7 @@ def cgls(
     start : Tensor, optional
         Where to begin; zero by default.
     enough : callable, optional
-        Asked at each renewed residual whether ``x`` will do.
+        Asked every few steps whether ``x`` will do.
     progress : callable, optional
         Called with iterations done and the residual's norm relative to the first.
     precondition : callable, optional
@@ -245,7 +246,8 @@ class _Sweep:
             least, since = (size, count) if size < least else (least, since)
             lost = count > STEPS_WITHOUT_GAIN + 3 * since or size <= self._rounding()
             lost = lost or (self.system is not self.exact and count - renewed > STEPS_A_DIGIT)
-            if lost or size <= self.digit**2 * peak or self.scale * math.sqrt(size) <= self.target:
+            arrived = self.scale * math.sqrt(size) <= self.target or self._enough(count)
+            if lost or arrived or size <= self.digit**2 * peak:
                 if self._update(self.scale * math.sqrt(size)):
                     return True
                 if lost or self.stalled:
@@ -266,6 +268,12 @@ class _Sweep:
 
     def _preconditioned(self, s: Tensor) -> Tensor:
         return s if self.precondition is None else self.precondition(s)
+
+    def _enough(self, count: int) -> bool:
+        """Whether the present answer will do, asked now and then."""
+        if self.enough is None or count % ASKED:
+            return False
+        return self.enough(self.base + self.d.double() * self.scale)
 
     def _rounding(self) -> float:
         return self.floor * self.gain * self.rest
@@ -314,7 +322,7 @@ def open_share(
     progress: Progress | None = None,
     precondition: Precondition | None = None,
 ) -> tuple[float, Run]:
-    r""":math:`\lVert P_{\ker A}\,c \rVert^2 / \lVert c \rVert^2`, from a random ``c``.
+    r""":math:`\lVert (I - A^+A)\,x_0 \rVert^2 / \lVert x_0 \rVert^2`, from a random start.
 
     The iteration solves ``A x = 0`` from a start of random colour, a **dye**: each step moves
     only where the equations speak, so exactly the part of the start that they do not see is

@@ -173,10 +173,10 @@ def machine_epsilon(tensor: Tensor) -> float:
 
 @checked
 def low_rank_factors(matrix: Float[Tensor, " m n"], rank: int, eps: float | None = None) -> Factors:
-    r""":math:`G = K X = L R`: both factors are known up to an invertible :math:`N \times N` matrix.
+    r""":math:`G = k^\top X = U R`: both factors, up to an invertible :math:`N \times N` matrix.
 
     The gradient of N samples has rank N. Its singular vectors are one factorisation, the samples
-    another, and ``K = L Q``, ``X = Q⁻¹ R``. Implements :eq:`low-rank-split`.
+    another, and ``kᵀ = U Q``, ``X = Q⁻¹ R``. Implements :eq:`low-rank-split`.
 
     Parameters
     ----------

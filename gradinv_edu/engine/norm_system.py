@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.func import functional_call
 
 from .hidden import constants
 from .krylov import Rows, squared_norm
-from .layers import weight_names
+from .layers import Affine, rule_of, weight_names
 from .layers.norms import Groups, Norm
 from .solve import Linearised, draw
 
@@ -141,13 +142,34 @@ class NormSystem:
         single = len(names) == 1 and gradient is not None
         self.weight: str | None = names[0] if single else None
         self.gradient: Tensor | None = gradient if single else None
-        self.shared, self.row_of = True, self.groups.of.new_zeros(0)
+        self.shared, self.group_of = True, self.groups.of.new_zeros(0)
         if self.weight is None:
             return
-        axis = 1 if self.constants[self.weight].dim() > 2 else -1
+        layer = self.module.get_submodule(self.weight.rpartition(".")[0])
+        channels = cast(Affine, rule_of(layer)).channels(self.constants[self.weight])
+        axis = self._filters(channels)
+        if axis is None:
+            self.weight = self.gradient = None
+            return
         of = self.groups.of.movedim(axis, 0).flatten(1)
         self.shared = bool((of == of[:, :1]).all())
-        self.row_of = of[:, 0]
+        self.group_of = of[:, 0][channels]
+
+    def _filters(self, channels: Tensor) -> int | None:
+        """Axis of the output along which the channels lie: what follows may have moved it."""
+        assert self.weight is not None
+        weight = self.constants[self.weight]
+        first = (channels == 0).to(weight).expand_as(weight)
+        x = draw(self.like, torch.Generator().manual_seed(0))
+        outs: list[Tensor] = [
+            functional_call(self.module, {**self.constants, self.weight: w}, (x,))
+            for w in (first, torch.zeros_like(weight))
+        ]
+        moved, rest = outs[0] != outs[1], int(channels.max())
+        for axis in range(1, moved.dim()):
+            if moved.shape[axis] == rest + 1 and not bool(moved.narrow(axis, 1, rest).any()):
+                return axis
+        return None
 
     def without_sent(self) -> NormSystem:
         """The same without the statistics that were sent."""
@@ -225,9 +247,8 @@ class NormSystem:
                 kappa = self.gradient_of_norm(self.normal(v, zc))
                 kappa = kappa if self.shared else kappa / spread(nonzero(sigma))
                 (found,) = torch.autograd.grad(zc, weight, kappa, create_graph=True)
-                times = sigma[self.row_of] if self.shared else torch.ones_like(sigma[self.row_of])
-                shape = (-1, *[1] * (found.dim() - 1))
-                g = self.gradient_scale * (found - times.reshape(shape) * self.gradient)
+                times = sigma[self.group_of] if self.shared else 1.0
+                g = self.gradient_scale * (found - times * self.gradient)
             return Rows(torch.cat(parts), g.reshape(-1))
 
     def _scale_rows(self, sigma: Tensor, mu: Tensor) -> list[Tensor]:
@@ -284,8 +305,9 @@ class NormSystem:
             self.gradient_scale = float(weight.norm()) / kappa
         squares = groups.sum(self.xhat**2)
         if self.gradient is not None and self.shared:
-            own = self.gradient_scale**2 * self.gradient.flatten(1).square().sum(1)
-            squares = squares.index_add(0, self.row_of, own)
+            own = (self.gradient_scale * self.gradient).square().flatten()
+            group_of = self.group_of.expand_as(self.gradient).flatten()
+            squares = squares.index_add(0, group_of, own)
         total = groups.total(squares)[groups.family]
         self.share = squares / total.clamp_min(1e-300)
         self.idle = (squares == 0).to(squares)  # no equation holds the σ of a wholly dead group
@@ -351,9 +373,8 @@ class NormSystem:
         sigma = self.split(v)[1]
         parts = squared_norm(self.groups.spread(sigma) * self.xhat)
         if self.gradient is not None:
-            times = sigma[self.row_of] if self.shared else torch.ones_like(sigma[self.row_of])
-            shape = (-1, *[1] * (self.gradient.dim() - 1))
-            parts += squared_norm(self.gradient_scale * times.reshape(shape) * self.gradient)
+            times = sigma[self.group_of] if self.shared else 1.0
+            parts += squared_norm(self.gradient_scale * times * self.gradient)
         return math.sqrt(parts) or 1.0
 
 

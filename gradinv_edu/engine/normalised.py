@@ -9,19 +9,33 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .channels import ENTRIES, PIXELS
 from .krylov import Progress, Rows, cgls, squared_norm
-from .layers import pull_back
+from .layers import pull_back, rule_of
+from .layers.convolution import Convolution
 from .layers.norms import Norm
 from .norm_system import NormSystem, nonzero, per_sample
 from .solve import DENSE, ROUNDING, Linearised, Solution, gauss_newton, patience, rank_test
 
-__all__ = ["Normalised", "account_at", "from_gradients", "solve"]
+__all__ = [
+    "Normalised",
+    "account_at",
+    "by_channel",
+    "from_gradients",
+    "from_start",
+    "means",
+    "solve",
+]
 
 TOLERANCE = 1e-10  # singular values below this share of the largest count as zero
 FIRST = 1e-7  # of the first, linear system where some outputs are unknown: it is a start
 FORCING = 1e-2  # of a round's residual, to which its normal equations are solved
 MORE = 6  # rounds where no output is known, or where one led nowhere
 EXPLAINED = 1e-9  # relative residual of an answer that needs no second attempt
+TURNS = 60  # by channel, at most
+SOON, FAR = 12, 1e-2  # of them, after which a change so large leads nowhere
+NEARLY = 1e-12  # change of a turn from which rounding alone may be left
+FAINT = 1e-9  # of the largest singular value: below, directions count as open
 SETTLED = 4e-15  # relative residual at which float64 has nothing left to give
 
 
@@ -70,6 +84,7 @@ def solve(
     *,
     noise: float = 0.0,
     rounds: int = 1,
+    channels: bool = True,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Normalised:
@@ -87,9 +102,14 @@ def solve(
     rounds : int
         Of the linear system before Newton's steps, each with the unknown entries as the one before
         found them.
+    channels : bool
+        Whether to try :func:`by_channel` first.
     generator, progress
         As for :func:`~gradinv_edu.engine.solve.least_squares`.
     """
+    found = by_channel(system, noise, generator) if channels else None
+    if found is not None:
+        return found
     if system.sent is not None and not system.linear:  # statistics mislead while x̂ is a guess
         first = solve(system.without_sent(), noise=noise, generator=generator, progress=progress)
         sigma = first.deviation
@@ -164,14 +184,6 @@ def from_gradients(
     Normalised
         ``inputs`` and their ``k`` up to one factor, ``output`` without it.
     """
-    groups, (gain, _) = norm.groups(k.shape, k.device), norm.coefficients(k)
-    count = groups.sum(torch.ones_like(k))
-
-    def mean(gradient: Tensor) -> Tensor:  # of γ times what one parameter's entries add up to
-        shape = norm.broadcast(k)
-        each = gradient.to(k).reshape(shape).expand_as(k) * (math.prod(shape) / k.numel())
-        return groups.sum(gain * each) / count
-
     system = NormSystem(
         module,
         norm,
@@ -180,9 +192,106 @@ def from_gradients(
         input_shape,
         weight_gradient,
         torch.zeros_like(k),
-        means=(mean(shift_gradient), mean(scale_gradient)),
+        means=means(norm, k, scale_gradient, shift_gradient),
     )
     return solve(system, noise=noise, rounds=MORE, generator=generator, progress=progress)
+
+
+def means(
+    norm: Norm, like: Tensor, scale_gradient: Tensor, shift_gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``mean κ`` and ``mean κx̂`` of each group, from ``∂L/∂γ`` and ``∂L/∂β``."""
+    groups, (gain, _) = norm.groups(like.shape, like.device), norm.coefficients(like)
+    count, shape = groups.sum(torch.ones_like(like)), norm.broadcast(like)
+
+    def mean(gradient: Tensor) -> Tensor:  # of γ times what one parameter's entries add up to
+        each = gradient.to(like).reshape(shape).expand_as(like) * (math.prod(shape) / like.numel())
+        return groups.sum(gain * each) / count
+
+    return mean(shift_gradient), mean(scale_gradient)
+
+
+def from_start(
+    system: NormSystem,
+    x: Tensor,
+    *,
+    noise: float = 0.0,
+    trial: bool = False,
+    generator: torch.Generator | None = None,
+) -> Normalised:
+    """Gauss and Newton from an input that is nearly right; of a ``trial`` no rank is told."""
+    v, spent = _descend(system, system.at(x), noise, generator, None)
+    told = Solution(system.like, 0.0, 0, 1.0, 0.0, 0.0, converged=False) if trial else None
+    return _answer(system, v, spent, generator, told)
+
+
+def by_channel(
+    system: NormSystem, noise: float = 0.0, generator: torch.Generator | None = None
+) -> Normalised | None:
+    r""":math:`K(\tilde\kappa)\,x_c = \sigma_g G_c`: one small matrix for all channels.
+
+    A convolution's gradient rows alone: where ``κ̃`` is known, the ``σ`` that leave least of them
+    unexplained are an eigenvector, and ``x`` follows. What of ``x̂`` is not known, and with it
+    ``κ̃``, is what the last round made of it. None where they are not enough, or do not settle.
+    """
+    rule, G = rule_of(system.module), system.gradient
+    if not isinstance(rule, Convolution) or G is None or system.has_tau or not system.shared:
+        return None
+    F, C, T = (G := G.flatten(2)).shape
+    pixels = system.like.numel() // system.like.shape[1]
+    enough = pixels <= min(F * T, PIXELS) and F * T * pixels <= ENTRIES
+    if rule.geometry is None or rule.geometry.groups > 1 or not enough:
+        return None
+    groups, of, shape = system.groups, system.group_of.flatten(), tuple(system.like.shape[1:])
+    open_ = 0 if system.unseen is None else (int(system.unseen.max()) + 1) // C
+    rank, faint = pixels - open_, max(FAINT, 10 * noise)
+    squares = G.new_zeros(len(system.count)).index_add(0, of, G.square().sum((1, 2)))
+    live = squares > 0
+    per = torch.where(live, squares, 1.0).rsqrt()
+    system.freeze()
+    assert system.frozen is not None
+    xhat, least = torch.where(system.known, system.xhat, system.frozen), math.inf
+    system.frozen = None
+    turns = 0
+    while turns < TURNS:
+        turns += 1
+        kappa = system.gradient_of_norm(xhat)
+        parts = [rule.operator(k[None], shape).channel() for k in kappa]  # type: ignore[attr-defined]
+        K = torch.cat(parts, 2).reshape(F * T, pixels)
+        if not bool(torch.isfinite(K).all()):
+            return None
+        U, values, V = torch.linalg.svd(K, full_matrices=False)
+        if rank < 1 or not float(values[rank - 1]) > faint * float(values[0]):
+            return None
+        U, values, V = U[:, :rank], values[:rank], V[:rank]
+        seen = torch.einsum("ftj,fct->jcf", U.reshape(F, T, rank), G).reshape(-1, F)
+        seen = per * seen.new_zeros(len(seen), len(per)).index_add(1, of, seen)
+        left, ways = torch.linalg.eigh(torch.diag(2.0 - live.to(seen)) - seen.T @ seen)
+        sigma = per * ways[:, 0] * ways[:, 0].sum().sign()
+        right = U.T @ (sigma[of][:, None, None] * G).transpose(1, 2).reshape(-1, C)
+        x = (V.T @ (right / values[:, None])).T.reshape(C, len(system.like), *shape[1:])
+        v = torch.cat([x.transpose(0, 1).reshape(-1), torch.zeros_like(system.count).repeat(2)])
+        z = system.centre(v[: system.unknowns])
+        mu = groups.sum(z) / system.count * system.norm.centred
+        z = z - groups.spread(mu)
+        sigma = torch.where(live, sigma, (groups.sum(z.square()) / system.count).sqrt())
+        before, xhat = xhat, torch.where(system.known, system.xhat, z / groups.spread(sigma))
+        change = float((xhat - before).norm() / xhat.norm())
+        if change <= max(SETTLED, 0.1 * noise) or (change < NEARLY and change > 0.5 * least):
+            break
+        least = min(least, change)
+        if turns >= SOON and least > FAR:
+            return None
+    apart = float(left[1] / left[-1]) if len(left) > 1 else 1.0
+    if turns == TURNS or not apart > faint**2 or not bool((sigma > 0).all()):
+        return None
+    v = torch.cat([x.transpose(0, 1).reshape(-1), sigma, mu[: system.sizes[2]]])
+    if system.sent is not None:
+        v = v * (system.sent.deviation @ sigma) / (sigma @ sigma)
+    smallest = min(float(values[-1] / values[0]), math.sqrt(apart))
+    told = Solution(system.like, 0.0, turns, 0.0, smallest, 1.0)
+    found = _answer(system, v, 0, generator, told)
+    return found if found.solution.residual <= max(EXPLAINED, 1e3 * noise) else None
 
 
 def _least_squares(
@@ -224,13 +333,17 @@ def _descend(
 
 
 def _answer(
-    system: NormSystem, v: Tensor, iterations: int, generator: torch.Generator | None
+    system: NormSystem,
+    v: Tensor,
+    iterations: int,
+    generator: torch.Generator | None,
+    told: Solution | None = None,
 ) -> Normalised:
     system.balance(v, generator)
     v = system.normed(v)
     u = system.scaled(v)
     residual = math.sqrt(system.rest(u).squared_norm()) / system.size(v)
-    told = _account(Linearised(system.rows, u), generator)
+    told = told or _account(Linearised(system.rows, u), generator)
     x, sigma, _, tau = system.split(v)
     centre = system.centre(v)
     xhat = system.normal(v, centre)

@@ -135,9 +135,9 @@ def polish(
     progress: Progress | None = None,
     generator: torch.Generator | None = None,
 ) -> Polish:
-    r""":math:`x \leftarrow x + \arg\min_d \lVert J d - D\,(g - g(x)) \rVert` (Gauss-Newton).
+    r""":math:`x \leftarrow \arg\min_{x'} \lVert D J (x' - x) - D (g - g(x)) \rVert`, Gauss-Newton.
 
-    ``g`` is the client's gradient, ``g(x)`` the model's at ``x``, and ``J = D ∂g(x)/∂x``.
+    ``g`` is the client's gradient, ``g(x)`` the model's at ``x``, and ``J = ∂g(x)/∂x``.
     Each equation is weighted by ``D``, one over the largest entry of its parameter's gradient,
     because rounding in a gradient is relative to that. A step that does not lower the mismatch
     is halved until it does; the polish ends where none lowers it any more.

@@ -215,9 +215,9 @@ def settle(
     doubt: Doubt,
     generator: torch.Generator | None = None,
 ) -> tuple[Sides, int]:
-    r""":math:`W x + b = z_s,\; \sum_p k_{s,p} \otimes \text{patch}_p(x) = \partial L/\partial W`.
+    r""":math:`W x + b = z_s,\; \sum_\ell k_s(\ell) \otimes \text{patch}_\ell(x) = G`.
 
-    Both the equations' right-hand side ``z`` and the output gradient ``k = k_a σ'(z)`` depend on
+    Both the equations' right-hand side ``z`` and the output gradient ``k = k_a φ'(z)`` depend on
     the side ``s`` of each unit. Plain alternation first: solve for ``x`` with the likelier sides,
     take for each unit the nearer one, and again. Where that does not come to rest at an answer,
     by cross-validation: units have probabilities, rows enter with their expected value and a

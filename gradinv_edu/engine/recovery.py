@@ -12,14 +12,25 @@ from torch import Tensor
 from ..errors import InconsistentGradientError, InvalidTensorError, UndeterminedScaleError
 from ..fully_connected import recover_input
 from ..systems import LayerSystem
-from . import blind, block, kinks, normalised, preimages, unpool
+from . import blind, block, kinks, normalised, preimages, unpool, unpool_normed
 from .edges import Edges, in_doubt, total
 from .graph import Step
-from .hidden import Hidden, bias_below, fitted, shifted, shifts, summed
+from .hidden import (
+    Hidden,
+    bias_below,
+    fitted,
+    from_zero,
+    last_bias,
+    shifted,
+    shifts,
+    summed,
+    unshaped,
+)
 from .layers import pull_back, weight_names
+from .layers.activations import ReLU
 from .layers.branches import Block
 from .layers.convolution import Conv
-from .layers.norms import Norm, RunningNorm
+from .layers.norms import GroupNorm, Norm, RunningNorm
 from .low_rank import rank_one
 from .norm_system import NormSystem, Sent
 from .progress import bar
@@ -241,9 +252,12 @@ class Recovering(Walk):
         assert isinstance(step.module, Block)
         if state.doubt is not None:
             return self._branches_in_doubt(position, state, state.doubt)
+        if state.hidden is not None:
+            raise _untold(state.hidden, step)
         system = block.BlockSystem(step.module, state.k, self._sent(step), state.weight)
+        unfolded, hidden = self._unfolded(position, state, system)
         with bar(step.name, self.progress) as progress:
-            solution = self._unfolded(position, state, system) or block.solve(
+            solution = unfolded or block.solve(
                 system,
                 state.value,
                 step.input_shape,
@@ -256,25 +270,29 @@ class Recovering(Walk):
         equations = system.weight_equations + system.gradient_equations
         k = pull_back(step.module, system.k, solution.x)
         report = LayerReport(step.name, solution.x.numel(), equations, solution, error)
-        return self.reached(report, k)
+        return replace(self.reached(report, k), hidden=hidden)
 
     def _sent(self, step: Step) -> dict[str, Tensor]:
         """Gradients of a step's parameters, by the names in the step."""
         names = step.parameters()
         return {own: self.gradients[known] for own, known in names if known in self.gradients}
 
-    def _unfolded(self, position: int, state: State, system: block.BlockSystem) -> Solution | None:
+    def _unfolded(
+        self, position: int, state: State, system: block.BlockSystem
+    ) -> tuple[Solution | None, Hidden | None]:
         """A block's input layer by layer, where their own gradients are enough."""
-        if self.batch_size > 1:
-            return None
+        if self.batch_size > 1 or not system.gradients:
+            return None, None
         shape, below = self.steps[position].input_shape, positive(self.steps, position)
         edges = Edges(system.block, system.gradients, shape, state.noise, below)
         if not edges.settle(state.k, state.value, state.weight, state.turn):
-            return None
+            return None, None
         assert edges.ks[-1] is not None
         solution, system.k = edges.solution, edges.ks[-1]
         residual = system.residual(solution.x, state.value)
-        return replace(solution, residual=residual) if residual <= self.consistent else None
+        if residual > self.consistent:
+            return None, None
+        return replace(solution, residual=residual), edges.hidden
 
     def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
         """Find the places of the maxima together with the input."""
@@ -284,6 +302,8 @@ class Recovering(Walk):
                 f"The update lacks {stack.conv.name}.weight, whose gradient tells where the maxima "
                 f"of {stack.steps[-1].name} were."
             )
+        if stack.norm is not None:
+            return self._pool_normed(stack, stack.norm, gradient, state), below
         first = stack.steps[0]
         with bar(stack.name, self.progress) as progress:
             found = unpool.solve(
@@ -311,6 +331,45 @@ class Recovering(Walk):
         counts = (x.numel(), found.equations)
         report = LayerReport(stack.name, *counts, solution, self._rounded(solution))
         return self.reached(report, k), below
+
+    def _pool_normed(self, stack: Stack, norm: Step, gradient: Tensor, state: State) -> State:
+        """Likewise, where the norm in between takes its own statistics."""
+        own = [self.gradient(norm, name) for name in ("weight", "bias")]
+        if own[0] is None or own[1] is None or self.batch_size > 1:
+            raise InvalidTensorError(
+                f"Max pooling above {norm.name} ({norm.rule.kind}) in train mode is undone for one "
+                "sample whose update holds the gradients of the norm's weight and bias."
+            )
+        assert isinstance(norm.rule, GroupNorm) and isinstance(stack.conv.module, Conv)
+        count = math.prod(norm.output_shape[1:])
+        with bar(stack.name, self.progress) as progress:
+            found = unpool_normed.solve(
+                stack.conv.module,
+                norm.rule,
+                stack.steps[-1].module,
+                state.value,
+                state.k,
+                (gradient, own[0], own[1]),
+                stack.conv.input_shape,
+                activation=stack.activation,
+                sent=self._statistics(norm, count),
+                noise=max(self.eps, state.noise / 10),
+                weight=state.weight,
+                generator=self.generator,
+                progress=progress,
+            )
+        error = self._rounded(found.solution)
+        report = LayerReport(stack.name, found.unknowns, found.equations, found.solution, error)
+        hidden = None if found.scaled else Hidden(norm.name, found.factor, found.unseen)
+        return replace(self.reached(report, found.k), hidden=hidden)
+
+    def _statistics(self, step: Step, entries: int) -> Sent | None:
+        """What the client's buffers tell of a norm's ``μ`` and ``σ``."""
+        rule = step.rule
+        names = [f"{step.name}.running_{part}" for part in ("mean", "var")]
+        if not isinstance(rule, RunningNorm) or not all(name in self.buffers for name in names):
+            return None
+        return Sent(*rule.statistics((self.buffers[names[0]], self.buffers[names[1]]), entries))
 
     # --- a convolution that needs nothing from above ------------------------------------------
 
@@ -343,12 +402,18 @@ class Recovering(Walk):
             return None
         assert isinstance(step.module, Block)
         below = positive(self.steps, position)
-        edges = Edges(step.module, sent, step.input_shape, self.eps, below)
+        edges = Edges(step.module, sent, step.input_shape, self.eps, below, iterate=False)
         if not edges.settle():
             return None
         assert edges.ks[0] is not None
         equations = sum(found.equations for found in edges.found)
-        return self._begun(step.name, equations, edges.solution, edges.ks[0])
+        state = self._begun(step.name, equations, edges.solution, edges.ks[0])
+        if state is None or edges.hidden is None:
+            return state
+        try:
+            return self.reveal(replace(state, hidden=edges.hidden), position - 1)
+        except UndeterminedScaleError:
+            return None
 
     def _begun(self, name: str, equations: int, solution: Solution, k: Tensor) -> State | None:
         error = self._rounded(solution)
@@ -381,15 +446,8 @@ class Recovering(Walk):
         assert isinstance(rule, Norm)
         group = self.group_under(position, len(state.value))
         if state.hidden is not None:
-            raise UndeterminedScaleError(
-                f"{state.hidden.norm} leaves what is below it up to a factor, and {step.name} "
-                f"({rule.kind}) has no bias that tells it."
-            )
-        sent = None
-        names = [f"{step.name}.running_{part}" for part in ("mean", "var")]
-        if isinstance(rule, RunningNorm) and all(name in self.buffers for name in names):
-            count = state.value.numel() // state.value.shape[1]
-            sent = Sent(*rule.statistics((self.buffers[names[0]], self.buffers[names[1]]), count))
+            raise _untold(state.hidden, step)
+        sent = self._statistics(step, state.value.numel() // state.value.shape[1])
         system = NormSystem(
             group.module,
             rule,
@@ -415,17 +473,28 @@ class Recovering(Walk):
         """Factor by the gradient of the next bias, constants by what stands between."""
         hidden, x = state.hidden, state.value
         assert hidden is not None
+        open_ = hidden.brief
+        self.reports[-1] = replace(self.reports[-1], hidden=open_)
         index = bias_below(self.steps, below, hidden)
-        by = None
-        if hidden.unseen is not None and below >= 0:
-            by = shifts(self.steps, below, x, hidden.unseen, state.noise)
-            if by is None:  # the layers below are solved as if they were zero
-                last, open_ = self.reports[-1], int(hidden.unseen.max()) + 1
-                solution = replace(last.solution, undetermined=open_ / last.unknowns)
-                self.reports[-1] = replace(last, solution=solution)
+        by = floating = None
+        unseen, place = hidden.unseen, unshaped(self.steps, below)
+        if unseen is not None and place >= 0:
+            if isinstance(self.steps[place].rule, ReLU):
+                x, floating = from_zero(x, unseen, state.noise)
+                hidden, unseen = replace(hidden, unseen=None), None
+                state = replace(state, value=x, hidden=hidden)
+            else:
+                by = shifts(self.steps, below, x, unseen)
+        if unseen is not None and place >= 0 and by is None:
+            last, count = self.reports[-1], int(unseen.max()) + 1
+            # the layers below are solved as if the constants were zero
+            solution = replace(last.solution, undetermined=count / last.unknowns)
+            self.reports[-1] = replace(last, solution=solution)
         if index is None:
             return state
-        sent = self.gradient(self.steps[index], "bias")
+        told = last_bias(self.steps[index])
+        assert told is not None
+        sent = self.gradients.get(dict(self.steps[index].parameters())[told[0]])
         if sent is None or not bool(sent.any()):
             raise UndeterminedScaleError(
                 f"{hidden.norm} leaves what is below it up to a factor, which the bias gradient of "
@@ -443,10 +512,13 @@ class Recovering(Walk):
             value, k = hidden.times(placed(s), s), hidden.times(state.k, 1 / s)
             return summed(self.steps, below, index, value, k, state.noise)
 
+        told_by = f"{open_}, told by the bias of {self.steps[index].name}"
+        self.reports[-1] = replace(self.reports[-1], hidden=told_by)
         found, spread = fitted(predicted, sent.reshape(-1), hidden, curved or by is not None)
         value, k = hidden.times(placed(found), found), hidden.times(state.k, 1 / found)
         noise, error = max(state.noise, spread), max(state.error, spread)
-        return replace(state, value=value, k=k, noise=noise, error=error, hidden=None)
+        state = replace(state, value=value, k=k, noise=noise, error=error, hidden=None)
+        return replace(state, floating=floating)
 
     # --- dense layers -------------------------------------------------------------------------
 
@@ -500,6 +572,13 @@ class Recovering(Walk):
         report = LayerReport(step.name, self.batch_size * inputs, outputs * inputs, solution, error)
         state = self.reached(report, pull_back(step.module, k, x))
         return state if below is None else replace(state, error=below)
+
+
+def _untold(hidden: Hidden, step: Step) -> UndeterminedScaleError:
+    return UndeterminedScaleError(
+        f"{hidden.norm} leaves what is below it up to a factor, and {step.name} "
+        f"({step.rule.kind}) has no bias that tells it."
+    )
 
 
 def closed_form(G: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, float, float]:

@@ -44,6 +44,8 @@ class LayerReport:
     unsettled : int
         Units above this layer of which two inputs give one output, and of which its equations do
         not prove which one it was (:func:`gradinv_edu.engine.preimages.settle`).
+    hidden : str
+        What a norm of its own statistics leaves open of this input, and what tells it after all.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LayerReport:
     error: float
     turned: int = 0
     unsettled: int = 0
+    hidden: str = ""
 
     @property
     def inputs(self) -> Tensor:

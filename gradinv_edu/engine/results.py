@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, UnknownNameError
+from ..kit.metrics import clustered_rate
 from .attackers import ATTACKERS
+from .defenses import DEFENSES
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["SUCCESS", "best", "draw", "table"]
+__all__ = ["SUCCESS", "best", "draw", "draw_leaks", "leaks", "table"]
 
 SUCCESS = 25.0  # dB; a threshold that looking up a digit of the same class seldom passes
 
@@ -69,6 +71,98 @@ def best(board: dict[str, Any], *, naive: bool = False) -> pd.DataFrame:
     cells = table(board).dropna(subset="psnr").reset_index("attacker")
     cells = cells[cells["attacker"].isin(names)].sort_values("psnr", ascending=False, kind="stable")
     return cells[~cells.index.duplicated()]
+
+
+def leaks(board: dict[str, Any], net: str) -> pd.DataFrame:
+    """What leaks from a network beside what it has learned, each with its interval.
+
+    Parameters
+    ----------
+    board : dict
+        From :func:`load`, of several seeds.
+    net : str
+        As on the board.
+
+    Returns
+    -------
+    pandas.DataFrame
+        By ``defense``: ``accuracy`` and ``reach``, the half of its 95 % interval over trainings;
+        for the ``naive`` attacker of highest median PSNR and for the best of all, ``aware``, that
+        median, the ``low`` and ``high`` of the networks' own medians, and ``read``, the
+        :class:`~gradinv_edu.kit.metrics.Rate` over :data:`SUCCESS`, counted by networks.
+
+    Raises
+    ------
+    UnknownNameError
+        If no attack on the network is on the board.
+    """
+    from scipy.stats import t
+
+    cells, rows = board["cells"], list[dict[str, Any]]()
+    # at its first weights every picture has a network of its own
+    seeds = board["settings"]["seeds"] if "trained" in net else None
+    for defense in dict.fromkeys(name.split("/")[1] for name in cells):
+        row: dict[str, Any] = {"defense": defense}
+        for side in ("naive", "aware"):
+            names = (n for n, a in ATTACKERS.items() if side == "aware" or not a.aware)
+            found = [cells.get(f"{net}/{defense}/{name}", {}).get("psnr") for name in names]
+            psnr = max((p for p in found if p), key=median, default=None)
+            if psnr is None:
+                continue
+            groups = [
+                psnr[k :: seeds or len(psnr)] for k in range(min(seeds or len(psnr), len(psnr)))
+            ]
+            middles = [median(group) for group in groups]
+            row |= {side: median(psnr), f"{side} low": min(middles), f"{side} high": max(middles)}
+            row[f"{side} read"] = clustered_rate([p > SUCCESS for p in g] for g in groups)
+        if "aware" not in row:
+            continue
+        trained = "none" if DEFENSES[defense].kind == "batch" else defense
+        price = cells.get(f"{net.split(',')[0]}/{trained}/price", {}).get("accuracy", [math.nan])
+        n = len(price)
+        spread = float(np.std(price, ddof=1)) if n > 1 else math.nan
+        reach = float(t.ppf(0.975, max(n - 1, 1))) * spread / math.sqrt(n)
+        rows.append(row | {"accuracy": fmean(price), "reach": reach})
+    if not rows:
+        raise UnknownNameError(f"No attack on {net!r} is on the board yet.")
+    return _pandas().DataFrame(rows).set_index("defense")
+
+
+def draw_leaks(board: dict[str, Any], net: str) -> Figure:
+    """Draw what :func:`leaks` says: accuracy across, decibels up, hollow for the naive.
+
+    Parameters
+    ----------
+    board, net
+        As for :func:`leaks`.
+    """
+    import matplotlib.pyplot as plt
+
+    from ..kit.plotting import COLOURS, style
+
+    found = leaks(board, net).dropna(subset="accuracy")
+    with style():
+        figure, axes = plt.subplots(figsize=(6.2, 3.8), layout="constrained")
+        for place, (defense, row) in enumerate(found.iterrows()):
+            for side, colour in (("naive", COLOURS.known), ("aware", COLOURS.leaked)):
+                middle, low, high = (min(row[f"{side}{e}"], 120) for e in ("", " low", " high"))
+                look: dict[str, Any] = {
+                    "color": colour,
+                    "mfc": "white" if side == "naive" else colour,
+                }
+                ends = [[middle - low], [high - middle]]
+                axes.errorbar(row["accuracy"], middle, ends, row["reach"], fmt="o", lw=0.8, **look)
+            axes.annotate(
+                defense, (row["accuracy"], middle), (-6, (5, -12)[place % 2]),
+                textcoords="offset points", fontsize=7.5, ha="right",
+            )  # fmt: skip
+        axes.axhline(SUCCESS, color=COLOURS.quiet, lw=0.8, ls=":")
+        axes.plot([], [], "o", color=COLOURS.known, mfc="white", label="best naive attacker")
+        axes.plot([], [], "o", color=COLOURS.leaked, label="best attacker")
+        axes.set(xlabel="accuracy on held-out digits", ylabel="median PSNR, dB", title=net)
+        axes.set(ylim=(-4, 128))
+        axes.legend(loc="center left")
+    return figure
 
 
 def draw(board: dict[str, Any]) -> Figure:

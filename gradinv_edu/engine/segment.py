@@ -114,7 +114,7 @@ class Floor:
         return math.prod(self.like.shape)
 
     def activate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``σ(z)`` and ``σ'(z)``, both flat."""
+        """``φ(z)`` and ``φ'(z)``, both flat."""
         with torch.enable_grad():
             leaf = z.detach().clone().requires_grad_()
             a = leaf
@@ -195,11 +195,11 @@ def solve(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Segment:
-    r""":math:`\sigma(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\min} + N c` above.
+    r""":math:`\phi(W_l x_l + b_l) = x_{l+1}` below, :math:`x_{\min} + B c` above.
 
     A layer that lacks equations borrows from the layers below it: what they put out lives in
     the range of ``W``, which has fewer dimensions than entries ("virtual constraints"). The
-    deficient layer's input is its least-norm answer plus an unknown part ``N c`` of its null
+    deficient layer's input is its least-norm answer plus an unknown part ``B c`` of its null
     space; the activations are linearised at the present answer and everything is solved again.
     With kinked activations (ReLU, leaky ReLU) each round decides anew which side of the kink a
     unit is on, and the units nearest to it are left out: **a row that may be wrong is masked,
@@ -387,7 +387,7 @@ class _Dense(_Problem):
         return Solution(self.v, residual, rounds, left, smallest, largest)
 
     def linearised(self, masked: bool) -> tuple[Tensor, Tensor]:
-        r"""Rows :math:`\sigma'(z)(W x_l + b - z) + \sigma(z) - x_{l+1} = 0` at present ``z``."""
+        r"""Rows :math:`\phi'(z)(W x_l + b - z) + \phi(z) - x_{l+1} = 0` at present ``z``."""
         rows, rhs, left = [], [], 0
         for level, (floor, W) in enumerate(zip(self.floors, self.matrices, strict=True)):
             a, slope = floor.activate(self.z[level])

@@ -70,7 +70,7 @@ class Sentences:
     def __str__(self) -> str:
         return (
             f"{len(self.sequences)} sentences of {len(self.words)} different words, exact: "
-            f"{self.exact}; rank {self.rank} of {self.dimension}"
+            f"{'yes' if self.exact else 'no'}; rank {self.rank} of {self.dimension}"
         )
 
 

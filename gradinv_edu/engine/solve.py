@@ -35,6 +35,7 @@ __all__ = [
     "inertia_rank",
     "least_squares",
     "patience",
+    "preconditioned",
     "rank_of",
     "rank_test",
 ]
@@ -117,7 +118,6 @@ def least_squares(
     cap: int | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
-    precondition: Precondition | None = None,
     before: Solution | None = None,
 ) -> Solution:
     r""":math:`\hat x = \arg\min_x \lVert A x - b \rVert`, and the rank of ``A``.
@@ -141,9 +141,6 @@ def least_squares(
         Of the dye; a fixed one by default.
     progress : callable, optional
         Called with iterations done and the normal equations' residual.
-    precondition : callable, optional
-        As for :func:`~gradinv_edu.engine.krylov.cgls`. Where it proves too little, such as full
-        rank, all is done again without it: the answer of least norm needs plain steps.
     before : Solution, optional
         Of equations of which a few were wrong: where to start from, and its rank and singular
         values are kept.
@@ -164,10 +161,6 @@ def least_squares(
             iterations=before.iterations + run.iterations,
             converged=_ended(run, size),
         )
-    if precondition is not None:
-        found = _preconditioned(A, b, size, fast, precondition, generator, progress)
-        if found is not None:
-            return found
     run = cgls(A, b, target, cap, fast=fast, progress=progress)
     test = rank_test(A, cap=cap, generator=generator, fast=fast, progress=progress, beside=run)
     return Solution(
@@ -191,16 +184,20 @@ def _ended(run: Run, size: float) -> bool:
     return run.converged or run.norm <= 1e4 * ROUNDING * size
 
 
-def _preconditioned(
+def preconditioned(
     A: Operator,
     b: Rows,
-    size: float,
-    fast: LinearMap,
     precondition: Precondition,
-    generator: torch.Generator | None,
-    progress: Progress | None,
+    *,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
 ) -> Solution | None:
-    """Few steps, each dearer; None unless they end at rounding and leave nothing open."""
+    """:func:`least_squares` in few steps, each dearer, by a preconditioner.
+
+    None unless it ends at rounding and leaves nothing open: the answer of least norm needs plain
+    steps.
+    """
+    size, fast = math.sqrt(squared_norm(A.adjoint(b))) or 1.0, A.to(torch.float32)
     options = {"fast": fast, "progress": progress, "precondition": precondition}
     left, test = open_share(A, draw(A.like, generator), FEW, **options)  # type: ignore[arg-type]
     if left > 0:
@@ -208,12 +205,11 @@ def _preconditioned(
     run = cgls(A, b, ROUNDING * size, FEW, **options)  # type: ignore[arg-type]
     if not _ended(run, size):
         return None
-    low = high = draw(A.like, torch.Generator().manual_seed(1))
+    low = high = draw(A.like, torch.Generator().manual_seed(1)).float()
     for _ in range(INVERSE):
         low = precondition(low / low.norm())
-    for _ in range(INVERSE):
-        high = A.adjoint(A.forward(high / high.norm()))
-    least, most = (math.sqrt(A.forward(v / v.norm()).squared_norm()) for v in (low, high))
+        high = fast.adjoint(fast.forward(high / high.norm()))
+    least, most = (math.sqrt(fast.forward(v / v.norm()).squared_norm()) for v in (low, high))
     return Solution(run.x, _left(run, b), run.iterations + test.iterations, 0.0, least, most)
 
 

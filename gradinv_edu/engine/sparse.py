@@ -1,9 +1,8 @@
 """Sparse directions of a column space: what tells one sample of a batch from another.
 
-A ReLU layer's gradient is ``G = K X``: N columns of ``K``, one for each sample, each zero in the
-rows where its sample's unit is off. Its column space ``L`` is known from ``G``
-(:func:`~gradinv_edu.batches.low_rank_factors`); its sparsest vectors ``L q`` are the columns of
-``K``.
+A ReLU layer's gradient is ``G = kᵀ X``: a column of ``kᵀ`` for each sample, zero in the rows
+where its sample's unit is off. ``G`` tells a basis ``U`` of these columns
+(:func:`~gradinv_edu.batches.low_rank_factors`); its sparsest combinations ``U q`` are they.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ from ..errors import NotRecoveredError, UnknownNameError
 from .low_rank import Factors
 from .witness import NonzeroRows, products, unit
 
-__all__ = ["Progress", "null_vectors", "sparse_basis", "sparse_directions"]
+__all__ = ["Progress", "layered_directions", "null_vectors", "sparse_basis", "sparse_directions"]
 
 Progress = Callable[[int, int, int], None]
 
 UNITS = {"descent": "starts", "sampling": "draws"}
 ROUNDS = {"descent": 256, "sampling": 4096}
 BUDGETS = {"descent": 2**14, "sampling": 2**20}
-STEPS = 40
+STEPS, TURNS = 40, 60  # of a start, along one plane and between two
+FITTED = 0.9  # of the rows that a sample's direction must explain; mixtures explain a quarter
 QUIET = 2  # rounds that find nothing sparser, after which the search ends
 
 
@@ -36,15 +36,15 @@ QUIET = 2  # rounds that find nothing sparser, after which the search ends
 def null_vectors(
     left: Float[Tensor, "m N"], draws: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    r""":math:`L_A\,q = 0` for N − 1 rows A: SPEAR's draw.
+    r""":math:`U_Z\,q = 0` for N − 1 rows Z: SPEAR's draw.
 
-    If one sample is off in all rows of A, then ``q`` is its direction: the only one that
+    If one sample is off in all rows of Z, then ``q`` is its direction: the only one that
     vanishes there. Implements :eq:`null-vector`.
 
     Parameters
     ----------
     left : Tensor
-        ``L``, ``(m, N)``, without zero rows.
+        ``U``, ``(m, N)``, without zero rows.
     draws : int
         How many sets of rows.
     generator : torch.Generator, optional
@@ -77,18 +77,18 @@ def sparse_directions(
     known: Tensor | None = None,
     vary: bool = False,
 ) -> Tensor:
-    r""":math:`\min_q \sum_j w_j\,|l_j \cdot q|` over :math:`\lVert q \rVert = 1`, from many starts.
+    r""":math:`\min_q \sum_j w_j\,|u_j \cdot q|` over :math:`\lVert q \rVert = 1`, from many starts.
 
     Of all vectors of one length in the column space, sparse ones have the smallest sum of
     absolute values, at least among their neighbours. The weights ``w_j`` give every row one
     length, in coordinates in which no direction is preferred. Each start goes down by reweighted
-    least squares: divide each row by its present ``|l_j · q|``, and take one step of inverse
+    least squares: divide each row by its present ``|u_j · q|``, and take one step of inverse
     iteration. Implements :eq:`sparse-direction`.
 
     Parameters
     ----------
     left : Tensor
-        ``L``, ``(m, N)``, without zero rows.
+        ``U``, ``(m, N)``, without zero rows.
     starts : int
         How many.
     generator : torch.Generator, optional
@@ -137,16 +137,77 @@ def sparse_directions(
     return unit(q @ frame.T)
 
 
+def layered_directions(
+    left: Tensor,
+    above: Tensor,
+    starts: int,
+    generator: torch.Generator | None = None,
+    eps: float = 2.2e-16,
+) -> Tensor:
+    r""":math:`u_j \cdot q \in \{0,\; v_j \cdot d\}` for each row j: off, or told from above.
+
+    Where unit j is on for a sample, its ``k`` is ``v_j · d``: its weights into the layer above,
+    times the sample's gradient there. So every row of ``(U, V)`` lies on one of two planes, and
+    each start alternates between the nearer one and reweighted least squares. No mixture explains
+    all rows, however many samples there are for each output.
+
+    Parameters
+    ----------
+    left, above : Tensor
+        ``U``, ``(m, N)``, without zero rows, and ``V``, ``(m, outputs)``, of the same rows.
+    starts : int
+        How many.
+    generator : torch.Generator, optional
+        Source of the starts; ``None``: a fixed seed.
+    eps : float
+        Machine precision of the gradient.
+
+    Returns
+    -------
+    Tensor
+        Those ``(…, N)``, of length one, that explain all rows but a few.
+
+    Notes
+    -----
+    The planes are subspace clustering's (k-planes: Bradley and Mangasarian, 2000); that a ReLU
+    between two known layers makes them two, this project's.
+    """
+    N = left.shape[1]
+    U, size, _ = torch.linalg.svd(above.to(left), full_matrices=False)
+    V = U[:, size > 1e-9 * float(size[0])] * left.norm() / N**0.5
+    off = torch.cat([left, torch.zeros_like(V)], dim=1)
+    planes = torch.stack([off, torch.cat([left, -V], dim=1)])
+    frame = torch.linalg.inv(torch.linalg.qr(planes.flatten(0, 1)).R)
+    planes = planes @ frame
+    planes = planes / planes.norm(dim=2, keepdim=True)
+    outer = torch.cat([products(plane) for plane in planes])
+    q = unit(_drawn(torch.randn, (starts, len(frame)), generator, left))
+    for step in range(TURNS):
+        gap = torch.einsum("sn,pjn->psj", q, planes).square()
+        width = max(1e-9, 0.7**step) ** 2 / len(frame)
+        near = gap.argmin(dim=0) == torch.arange(2, device=gap.device)[:, None, None]
+        weights = near * (gap + width).rsqrt()
+        gram = (torch.cat([*weights], dim=1) @ outer).reshape(starts, len(frame), -1)
+        gram = gram / gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+        gram.diagonal(dim1=1, dim2=2).add_(1e-13)
+        q = unit(torch.linalg.solve_ex(gram, q[:, :, None])[0][:, :, 0])
+    gap = torch.einsum("sn,pjn->psj", q, planes).abs().amin(dim=0)
+    fits = (gap < max(1e-7, 1e3 * eps)).double().mean(dim=1) > FITTED
+    found = unit(q @ frame.T)[fits, :N]
+    return unit(found[found.norm(dim=1) > 1e-3])  # all on d explains nothing
+
+
 def sparse_basis(
     factors: Factors,
     *,
     method: str = "descent",
+    above: Tensor | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | bool = False,
     budget: int | None = None,
     accept: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
-    r""":math:`\operatorname{rank} L_{Z \setminus j} = N - 1,\ Z = \{i : l_i \cdot q = 0\}`.
+    r""":math:`\operatorname{rank} U_{Z \setminus j} = N - 1,\ Z = \{i : u_i \cdot q = 0\}`.
 
     Which candidates are samples? In general position a vector of the column space that mixes s
     samples is zero where all of them are off, which leaves s dimensions open, and where s − 1
@@ -161,6 +222,9 @@ def sparse_basis(
         Of the gradient.
     method : {"descent", "sampling"}
         Where candidates come from: :func:`sparse_directions` or :func:`null_vectors`.
+    above : Tensor, optional
+        Weight of the dense layer above the ReLU, ``(outputs, m)``: candidates come from
+        ``layered_directions``, and need no witness.
     generator : torch.Generator, optional
         ``None``: a fixed seed.
     progress : bool or callable
@@ -200,20 +264,24 @@ def sparse_basis(
     while spent < budget:
         count, turn = min(ROUNDS[method], budget - spent), turn + 1
         spent += count
-        if method == "sampling":
+        if above is not None:
+            V = above.T[factors.living]
+            candidates = layered_directions(rows.left, V, count, generator, factors.eps)
+        elif method == "sampling":
             candidates = null_vectors(rows.left, count, generator)
         else:  # part of what was found: all of it would shut out what a false one stands for
             kept = _uniform((len(found),), generator, found) < (0, 1, 0.5)[turn % 3]
             known = found[kept][: N - 1]
             candidates = sparse_directions(rows.left, count, generator, known, turn > 1)
-        before, found = found, rows.sparsest(found, rows.witnessed(candidates))
+        new = rows.witnessed(candidates) if above is None else candidates
+        before, found = found, rows.sparsest(found, new)
         quiet = quiet + 1 if torch.equal(before, found) else 0
         if callable(progress):
             progress(spent, len(found), N)
         elif progress:
             print(f"{spent} {UNITS[method]}: {len(found)} of {N} found", file=sys.stderr)
         if len(found) == N and (quiet >= QUIET if accept is None else quiet == 0):
-            doubt = rows.ambiguity(found) if accept is None else ""
+            doubt = rows.ambiguity(found) if accept is None and above is None else ""
             if doubt:
                 raise NotRecoveredError(
                     f"Found {N} of {N} sparse directions in {spent} {UNITS[method]}, but {doubt}"

@@ -19,6 +19,7 @@ import torch
 
 from ..checks import whole
 from ..errors import MissingExtraError, ResultsFileError
+from .files import write_whole
 
 __all__ = ["fill", "load", "save", "versions"]
 
@@ -99,9 +100,7 @@ def save(table: Table, file: str | Path, order: Sequence[str] = ()) -> None:
         for part in (name, table["cells"][name])
     )
     lines = ",\n".join(f"  {name}: {cell}" for name, cell in zip(dumped, dumped, strict=True))
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(f'{top},\n "cells": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, f'{top},\n "cells": {{\n{lines}\n }}\n}}\n')
 
 
 def fill(
@@ -111,6 +110,7 @@ def fill(
     measure: Callable[[str], Any],
     *,
     order: Sequence[str] = (),
+    whole_cell: Callable[[str, Any], bool] = lambda name, cell: True,
     workers: int = 1,
     ray: bool = False,
     progress: bool = True,
@@ -129,6 +129,8 @@ def fill(
         Makes a cell of a name; found by its own name in a worker.
     order : sequence of str
         Of all cells in the file.
+    whole_cell : callable
+        Whether a cell that is there holds as much as is wanted; otherwise it is made again.
     workers : int
         Processes of joblib on this machine; 1: none but this.
     ray : bool
@@ -145,7 +147,8 @@ def fill(
     from tqdm.auto import tqdm
 
     whole(workers, "workers")
-    missing = [name for name in names if name not in table["cells"]]
+    cells = table["cells"]
+    missing = [n for n in names if n not in cells or not whole_cell(n, cells[n])]
     made = _parallel(missing, measure, workers, ray) if ray or workers > 1 else None
     with tqdm(total=len(missing), desc="cells", unit="cell", disable=not progress) as bar:
         for name, cell in made or ((name, measure(name)) for name in missing):

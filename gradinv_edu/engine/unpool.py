@@ -17,10 +17,11 @@ from .folded import Beneath, Folded
 from .kinks import told_by_sums
 from .krylov import Progress, Rows, Run, cgls, squared_norm
 from .layers import rule_of
+from .layers.convolution import ConvolutionOperator
 from .solve import Solution, rank_test
 from .winners import Winners, find_winners, windows
 
-__all__ = ["Unpooled", "Watch", "solve"]
+__all__ = ["Unpooled", "Watch", "read", "solve"]
 
 ROUNDS = 120  # of annealing, at most
 ACCEPT = 1e-8  # what a right answer may leave of rows, bounds and gradient
@@ -28,9 +29,11 @@ NOISY = 300.0  # times the noise, where that is more
 EQUAL = 1e-8  # maxima that differ by less, relative to the largest, are one
 NEAR = 10.0  # times the noise: windows that may be on the other side of zero
 BLURRED = 30.0  # times the noise, where that is more
-ANYWAY = 25  # rounds after which a choice is tried though the search is not calm: ties never settle
+FREED = 6  # rounds without the prior, once most places are sure
+NEARBY = 1e-3  # misfit of these from which their choice is tried
+ANYWAY = 25  # rounds after which one is tried in any case: ties never settle
 STEPS = 5000  # of conjugate gradients, to try a choice of places
-HOPELESS = 1000  # of these, where the search is not calm
+HOPELESS = 1000  # of these, in any case
 TARGET = 1e-15  # of their residual
 SETTLING = 5  # times that the sides of the ReLU below may change with the answer
 
@@ -92,7 +95,7 @@ def solve(
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Unpooled:
-    r""":math:`(W x + b)_{q_w} = v_w,\; (W x + b)_q \le v_w,\; \sum_w k_w \otimes x_{q_w} = G`.
+    r""":math:`(W x + b)_{\ell_w} = v_w \ge (W x + b)_\ell,\; \sum_w k_w \otimes x_{\ell_w} = G`.
 
     The input ``x`` of ``max pooling ∘ activation ∘ conv`` from the pooled value. Each pooled
     value ``v_w`` is a row at a place ``q_w`` that is not known; the loss's gradient by it, ``k_w``,
@@ -149,30 +152,43 @@ def solve(
     """
     lower = None if below is None else Folded(below, tuple(input_shape))
     layer = Folded(conv, tuple(input_shape) if lower is None else lower.output_shape)
-    winners = _read(layer, pool, activation, value, k, weight, sums, noise)
+    winners = read(layer, pool, activation, value, k, weight, sums, noise)
     gradient = checks.shaped(weight_gradient, "weight_gradient", tuple(layer.weight.shape))
     gradient = layer.unfolded(checks.not_all_zero(gradient, "weight_gradient"))
     under = Beneath(lower, winners.values.new_zeros(1, *layer.input_shape))
     generator = generator or torch.Generator().manual_seed(0)
     search = Annealing(layer, under, winners, gradient, noise, generator)
-    accept = max(ACCEPT, NOISY * noise)
-    found, tried, wait = _Choice(layer, under, winners, gradient, search.choice), 0, 2
-    misfit, solution = math.inf, None
-    while solution is None and search.round < rounds:
-        search.turn()
+
+    def chosen() -> _Choice:
+        return _Choice(layer, under, winners, gradient, search.choice)
+
+    def turn(free: bool) -> None:
+        search.turn(free)
         if progress is not None:
             progress(search.round, search.error / search.size)
         if watch is not None:
             watch(search.round, winners.at(search.choice), search.belief.max(1).values)
-        due = search.calm and search.round - tried >= wait
-        if due or search.round % ANYWAY == 0:
-            tried, wait = (search.round, min(wait + 1, 8)) if due else (tried, wait)
-            found = _Choice(layer, under, winners, gradient, search.choice)
-            run = found.solve(search.x, STEPS if search.calm else HOPELESS)
+
+    accept = max(ACCEPT, NOISY * noise)
+    near, found, tried, wait = max(NEARBY, 10 * accept), chosen(), 0, 2
+    misfit, solution = math.inf, None
+    while solution is None and search.round < rounds:
+        turn(free=False)
+        good, anyway = False, search.round % ANYWAY == 0
+        if search.settling and search.round - tried >= wait:
+            for _ in range(FREED):
+                turn(free=True)
+                good = search.changed == 0 and chosen().misfit(search.x) <= near
+                if good:
+                    break
+            tried, wait = search.round, min(wait + 1, 8)
+        if good or anyway:
+            found = chosen()
+            run = found.solve(search.x, STEPS if good else HOPELESS)
             misfit = found.misfit(run.x)
             solution = found.account(run, generator) if misfit <= accept else None
     if solution is None:  # nothing is proven: the annealed input is nearer than any wrong choice's
-        found = _Choice(layer, under, winners, gradient, search.choice)
+        found = chosen()
         misfit = found.misfit(search.x)
         solution = Solution(search.x, misfit, search.round, 1.0, 0.0, 0.0, converged=False)
     # digits by which a wrong choice of places fails, against those of the number of choices
@@ -191,7 +207,7 @@ def solve(
     )
 
 
-def _read(
+def read(
     layer: Folded,
     pool: nn.Module,
     activation: nn.Module | None,
@@ -245,13 +261,17 @@ def _misread(value: Tensor, k: Tensor, live: Tensor, sums: Tensor, noise: float)
     return told_by_sums((k * live)[None], turn[None], sums, noise)[0]
 
 
-@dataclass
 class _Placed:
     """Rows and gradient with every winner in its place, down to the unknown."""
 
-    top: ScaledSystem
-    under: Beneath
-    dtype: torch.dtype = torch.float64
+    def __init__(
+        self, layer: Folded, under: Beneath, system: LayerSystem, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.layer, self.under, self.system, self.dtype = layer, under, system, dtype
+        scaled = ScaledSystem(system, dtype).operator
+        assert isinstance(scaled, ConvolutionOperator) and system.row_mask is not None
+        self.weight, self.k = layer.matrix(scaled.weight), scaled.k.flatten(2)[0]
+        self.mask = system.row_mask.to(dtype)
 
     @property
     def like(self) -> Tensor:
@@ -260,15 +280,18 @@ class _Placed:
 
     def to(self, dtype: torch.dtype) -> _Placed:
         """Return the same map in another precision."""
-        return _Placed(self.top.to(dtype), self.under, dtype)
+        return _Placed(self.layer, self.under, self.system, dtype)
 
     def forward(self, x: Tensor) -> Rows:
         """Rows and gradient of ``x``."""
-        return self.top.forward(self.under.forward(x))
+        P = self.layer.patches(self.under.forward(x))
+        rows = self.mask * (self.weight @ P).reshape(self.mask.shape)
+        return Rows(rows, self.layer.of_matrix(self.k @ P.T))
 
     def adjoint(self, r: Rows) -> Tensor:
         """Both, pulled back."""
-        return self.under.adjoint(self.top.adjoint(r))
+        P = self.weight.T @ (self.mask * r.z).flatten(2)[0] + self.layer.matrix(r.g).T @ self.k
+        return self.under.adjoint(self.layer.patches_adjoint(P))
 
 
 class _Choice:
@@ -298,7 +321,7 @@ class _Choice:
         for _ in range(SETTLING):
             self.under.look(x)
             side, offset = self.under.side, self.under.offset
-            self.map = _Placed(ScaledSystem(system), self.under)
+            self.map = _Placed(self.layer, self.under, system)
             self.b = system.right_hand_side(
                 values - self.layer.rows(offset),
                 self.gradient - self.layer.gradient(self.k, offset),

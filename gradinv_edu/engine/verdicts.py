@@ -191,7 +191,8 @@ def conclusion(
         if stop.verdict is Verdict.NOT:
             return Verdict.NOT, (
                 f"Not by this attack: {stop.name} ({stop.kind}) is not undone, because "
-                f"{stop.reason}. The layers below are counted as if it had been; {OTHERS}."
+                f"{stop.reason.rstrip('.')}. The layers below are counted as if it had been; "
+                f"{OTHERS}."
             )
     if lacking:
         return Verdict.NOT, _lack(lacking[0])
@@ -204,6 +205,7 @@ def conclusion(
             f"Unknown: counting excludes no leak at {_listed(open_)}, and no test has shown one; "
             f"{OTHERS}."
         )
+    hidden = [a.hidden for a in chain if a.hidden]
     searched = [a for a in chain if a.verdict is Verdict.SEARCH]
     sought = [stop.name for stop in stops if stop.verdict is Verdict.SEARCH]
     if searched or sought:
@@ -212,11 +214,11 @@ def conclusion(
             "rank"
             for a in searched[:1]
         )
+        up_to = f", up to {hidden[0]}" if hidden else ""
         return Verdict.SEARCH, (
             "The gradient of one sample gives its input away if a search finds "
-            f"{PLACES} of {_listed(sought)}{counts}."
+            f"{PLACES} of {_listed(sought)}{up_to}{counts}."
         )
-    hidden = [a.hidden for a in chain if a.hidden]
     if hidden:
         return Verdict.UP_TO, (
             f"The gradient of one sample gives its input away up to {hidden[0]}."

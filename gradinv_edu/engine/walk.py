@@ -19,7 +19,7 @@ from .krylov import Progress, Rows
 from .layers import Rule, Undone, pack, weight_names
 from .layers.branches import Branches
 from .layers.convolution import Convolution
-from .layers.norms import Norm
+from .layers.norms import GroupNorm, Norm
 from .norm_system import entries
 
 __all__ = ["Group", "Stack", "State", "Walk", "head_of", "lowest_dense", "positive"]
@@ -47,6 +47,8 @@ class State:
         Both sides of units of which two inputs give one output.
     hidden : Hidden or None
         What a norm above hides of the value, such as a factor.
+    floating : Tensor or None
+        Bool: entries of an activation's output whose value is a guess, and whose ``k`` is not.
     """
 
     value: Tensor
@@ -57,6 +59,7 @@ class State:
     turn: Tensor | None = None
     doubt: preimages.Doubt | None = None
     hidden: Hidden | None = None
+    floating: Tensor | None = None
 
     @property
     def sides(self) -> preimages.Sides:
@@ -137,7 +140,7 @@ class Stack:
     Attributes
     ----------
     steps : tuple of Step
-        ``conv → activation → pool``, with batch norm in eval mode after the convolution, or not.
+        ``conv → norm → activation → pool``, with or without the norm and the activation.
     feeding : int
         How many of these lie below the convolution that feeds the pooling: none, or another
         convolution and its ReLU.
@@ -160,7 +163,12 @@ class Stack:
     def activation(self) -> nn.Module | None:
         """Between the convolution and the pooling."""
         above = self.steps[self.feeding + 1 : -1]
-        return next((s.module for s in above if not s.rule.affine), None)
+        return next((s.module for s in above if not (s.rule.affine or s.rule.normalises)), None)
+
+    @property
+    def norm(self) -> Step | None:
+        """Of its own statistics, right above the convolution, if there is one."""
+        return next((step for step in self.steps if step.rule.normalises), None)
 
     @property
     def affine(self) -> nn.Module:
@@ -190,9 +198,10 @@ class Stack:
         conv, stack = steps[first], tuple(steps[first : position + 1])
         weights = sum(p.numel() for p in conv.module.parameters())
         relu = first > 0 and isinstance(steps[first - 1].module, nn.ReLU)
-        if relu and weights < math.prod(conv.input_shape):
+        normed = any(step.rule.normalises for step in stack)
+        if relu and not normed and weights < math.prod(conv.input_shape):
             lower = _fed(steps, first)
-            if lower is not None:
+            if lower is not None and not any(s.rule.normalises for s in steps[lower:first]):
                 return cls((*steps[lower:first], *stack), first - lower)
         return cls(stack)
 
@@ -206,10 +215,15 @@ def _fed(steps: Sequence[Step], position: int) -> int | None:
     bent = False
     for place in range(position - 1, -1, -1):
         rule = steps[place].rule
-        if rule.random or rule.refusal is not None:
+        if rule.refusal is not None:
             return None
         if isinstance(rule, Convolution):
             return place
+        if isinstance(rule, GroupNorm) and rule.normalises:
+            alone = place > 0 and isinstance(steps[place - 1].rule, Convolution)
+            return place - 1 if alone else None
+        if rule.random:
+            return None
         if rule.elementwise and not rule.scales and not bent:
             bent = True
         elif not rule.scales:
@@ -351,7 +365,9 @@ class Walk(ABC):
         both = known * undone.known
         weight = None if bool((both == 1).all()) else both
         k = state.k * undone.slope * (known > 0)
-        found = replace(state, value=undone.inputs, weight=weight, k=k)
+        if state.floating is not None:
+            weight = both * ~state.floating
+        found = replace(state, value=undone.inputs, weight=weight, k=k, floating=None)
         return replace(found, doubt=self._doubt(step, state, undone, found))
 
     def _doubt(

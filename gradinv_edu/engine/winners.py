@@ -139,7 +139,7 @@ def find_winners(
     map_shape: tuple[int, ...],
     tolerance: float,
 ) -> Winners:
-    r""":math:`\{q \in \Omega_w : \min_{w' \ni q} v_{w'} \ge v_w\}`: where the maximum may be.
+    r""":math:`\{\ell \in \Omega_w : \min_{w' \ni \ell} v_{w'} \ge v_w\}`: where the maximum may be.
 
     An entry that another window bounds by less is none. Windows that overlap and have equal
     maxima share one winner, in their common part, if such an entry exists.

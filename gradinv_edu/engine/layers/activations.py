@@ -58,7 +58,7 @@ INVERSES: dict[type[nn.Module], tuple[Inverse, Callable[[Any], tuple[float, floa
 
 @rule_for(*INVERSES)
 class OneToOne(Rule):
-    """``z = σ⁻¹(a)`` for every entry that is not saturated."""
+    """``z = φ⁻¹(a)`` for every entry that is not saturated."""
 
     has_function = True
     elementwise = True
@@ -84,12 +84,12 @@ class OneToOne(Rule):
         return 1.0 if low == 0 else -1.0 if high == 0 else 0.0
 
     def inverse(self, a: Tensor) -> Tensor:
-        """``σ⁻¹(a)`` inside the range."""
+        """``φ⁻¹(a)`` inside the range."""
         kind = next(k for k in type(self.module).__mro__ if k in INVERSES)
         return INVERSES[kind][0](self.module, a)
 
     def undo(self, outputs: Tensor, name: str, noise: float) -> Undone:
-        r""":math:`z = \sigma^{-1}(a)`, with :math:`\sigma'(z)`, entry by entry.
+        r""":math:`z = \phi^{-1}(a)`, with :math:`\phi'(z)`, entry by entry.
 
         Implements :eq:`activation-undone`.
         """
@@ -156,7 +156,7 @@ class LeakyReLU(OneToOne):
         return outputs
 
     def turn(self, outputs: Tensor, k: Tensor, noise: float) -> Tensor | None:
-        r""":math:`(\sigma'_{\text{other side}} - \sigma')\, k`."""
+        r""":math:`(\phi'_{\text{other side}} - \phi')\, k`."""
         lower = self.lower(outputs)
         return torch.where(outputs > 0, lower - 1, 1 - lower) * k
 

@@ -41,7 +41,7 @@ class Undone:
     inputs : Tensor
         ``z``; 0 where it cannot be known.
     slope : Tensor
-        ``σ'(z)``; where ``z`` is unknown, the slope that the layer certainly had there (0).
+        ``φ'(z)``; where ``z`` is unknown, the slope that the layer certainly had there (0).
     known : Tensor
         Bool: where ``z`` is determined by the output.
     other : Undone, optional
@@ -76,7 +76,7 @@ class Rule:
     pools: bool = False  # keeps the largest entry of each window, solved with the layer below
     normalises: bool = False  # divides by statistics of its own input: taken with the layer below
     kinked: bool = False  # has a slope that jumps
-    homogeneous: bool = False  # σ(c z) = c σ(z) for c > 0
+    homogeneous: bool = False  # φ(c z) = c φ(z) for c > 0
     has_function: bool = False  # torch has a function of its name, with the same arguments
     reason: ClassVar[str] = "it is not linear in its input and cannot be undone entry by entry"
 
@@ -123,8 +123,12 @@ class Rule:
         return pull_back(self.forward, k, x)
 
     def undo(self, outputs: Tensor, name: str, noise: float) -> Undone:
-        """``z`` from ``a = σ(z)``; only where the rule is ``elementwise``."""
+        """``z`` from ``a = φ(z)``; only where the rule is ``elementwise``."""
         raise self.refused(name)
+
+    def tells(self, inputs: Tensor, name: str, noise: float) -> Tensor:
+        """Which outputs tell these inputs: what :meth:`undo` would hold for known."""
+        return self.undo(self.forward(inputs), name, noise).known
 
     def refused(self, name: str) -> UnsupportedLayerError:
         """Return the error that names the layer and says why it cannot be inverted."""
@@ -196,6 +200,12 @@ class Affine(Rule):
     def operator(self, k: Tensor, input_shape: tuple[int, ...]) -> LayerOperator:
         """Both sets of equations as a linear map, by the fastest calls that serve it."""
         return ModuleOperator(self.module, k, input_shape)
+
+    def channels(self, weight: Tensor) -> Tensor:
+        """Output channel that each entry of the weight adds to, to broadcast over it."""
+        return torch.arange(len(weight), device=weight.device).reshape(
+            -1, *[1] * (weight.dim() - 1)
+        )
 
     def most(self, known: Tensor, shape: tuple[int, ...]) -> int:
         """Upper bound of the rows' rank, by counting alone: the rows, or the unknowns.

@@ -119,8 +119,10 @@ class Block(nn.Module):
         values = [x]
         for node, layer in zip(self.nodes, self.layers, strict=True):
             inputs = [values[source] for source in node.sources]
-            if generator is None or len(inputs) > 1:
+            if len(inputs) > 1:
                 values.append(layer(*inputs))
+            elif generator is None:  # a norm in train mode leaves its running statistics alone
+                values.append(rule_of(layer).forward(inputs[0]))
             else:
                 values.append(rule_of(layer).sample(inputs[0], generator))
         return values
@@ -175,7 +177,7 @@ class Branches(Rule):
         for node in cast(Block, self.module).nodes:
             rule = rule_of(node.module)
             inside = f"{node.name} ({rule.kind}) inside"
-            if rule.random:  # norms that use one sample's own statistics can be computed again
+            if rule.random and not rule.normalises:  # statistics can be computed again
                 return f"{inside} is in train mode, so that its equations are not known"
             if rule.kinked and rule.refusal is not None:
                 return f"{inside} cannot be followed: {rule.refusal}"
@@ -184,7 +186,8 @@ class Branches(Rule):
     @property
     def random(self) -> bool:
         """Whether anything inside is."""
-        return any(rule_of(layer).random for layer in cast(Block, self.module).layers)
+        rules = [rule_of(layer) for layer in cast(Block, self.module).layers]
+        return any(rule.random and not rule.normalises for rule in rules)
 
     def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Every layer inside as a sample."""

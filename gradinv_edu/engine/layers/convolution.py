@@ -72,7 +72,7 @@ class Geometry(NamedTuple):
         return x
 
     def gradient(self, k: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        """``Σ_p k_p ⊗ patch_p(x)``, shaped as the weight ``like``."""
+        """``Σ_ℓ k(ℓ) ⊗ patch_ℓ(x)``, shaped as the weight ``like``."""
         wanted = [False, True, False]
         back = torch.ops.aten.convolution_backward
         g: Tensor = back(k, x, like, None, *self._settings, wanted)[1]
@@ -311,9 +311,9 @@ def shared_rows(k: Tensor, known: Tensor) -> int:
         return len(k) * rank_of(k)
     alive = (k != 0).any(dim=1)
     meets = (k != 0).to(k.dtype) @ (~known).to(k.dtype).T  # k_f at unknown rows of f'
-    usable = (meets == 0).T & alive
-    counts = usable.sum(dim=1).tolist()
+    kinds, times = torch.unique((meets == 0).T & alive, dim=0, return_counts=True)
+    counts = kinds.sum(dim=1).tolist()
     return sum(
-        rank_of(k[chosen]) if count > 1 else count
-        for chosen, count in zip(usable, counts, strict=True)
+        often * (rank_of(k[chosen]) if count > 1 else count)
+        for chosen, count, often in zip(kinds, counts, times.tolist(), strict=True)
     )

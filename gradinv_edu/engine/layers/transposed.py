@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .base import Affine, Example, LayerOperator, rule_for
@@ -37,6 +38,13 @@ class TransposedConvolution(Affine):
             k.new_zeros(k.shape[0], *input_shape),
             Geometry(stride, padding, dilation, layer.groups, True, more),
         )
+
+    def channels(self, weight: Tensor) -> Tensor:
+        """The weight begins with the inputs; each group of them has outputs of its own."""
+        groups, own = cast(Transposed, self.module).groups, weight.shape[1]
+        first = own * (torch.arange(len(weight), device=weight.device) * groups // len(weight))
+        each = first[:, None] + torch.arange(own, device=weight.device)
+        return each.reshape(*each.shape, *[1] * (weight.dim() - 2))
 
     @classmethod
     def examples(cls) -> Iterator[Example]:

@@ -20,7 +20,7 @@ RESOLVED = 10.0  # times √noise: a slope below it, at the minimum, tells no in
 
 @rule_for(nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
 class TwoToOne(Rule):
-    r""":math:`\sigma(z) = a` has two solutions where ``min σ < a < 0``, and one where ``a > 0``.
+    r""":math:`\phi(z) = a` has two solutions where ``min φ < a < 0``, and one where ``a > 0``.
 
     One lies right of the minimum and one left of it; which of them it was, the layer below tells
     (:func:`gradinv_edu.engine.preimages.settle`). Outputs that are zero are masked, as a ReLU's.
@@ -47,15 +47,12 @@ class TwoToOne(Rule):
         return 1.0
 
     def undo(self, outputs: Tensor, name: str, noise: float) -> Undone:
-        r"""The solution of :math:`\sigma(z) = a` right of the minimum; ``other`` is left of it."""
+        r"""The solution of :math:`\phi(z) = a` right of the minimum; ``other`` is left of it."""
         turning = self.turning
         least = float(self.forward(outputs.new_tensor([turning])))
         refuse_outside(outputs, name, least, math.inf, noise)
         outputs = outputs.clamp_min(least)
-        top = max(float(outputs.abs().max()), 1e-300)
-        zero = outputs.abs() <= 10 * max(noise, 1e-15) * top
-        if self.kinked:
-            zero = zero | split_zeros(outputs, noise)
+        zero, reliable = self._zero(outputs, noise), RESOLVED * math.sqrt(max(noise, 1e-15))
         right = _halve(
             lambda z: self.forward(z) > outputs,
             torch.full_like(outputs, turning),
@@ -67,8 +64,17 @@ class TwoToOne(Rule):
             torch.full_like(outputs, turning),
         )
         left = torch.where(outputs < 0, left, right)
-        reliable = RESOLVED * math.sqrt(max(noise, 1e-15))
         return self._at(right, zero, reliable, self._at(left, zero, reliable))
+
+    def tells(self, inputs: Tensor, name: str, noise: float) -> Tensor:
+        """By the slope there; no need to look for the inputs."""
+        zero, reliable = self._zero(self.forward(inputs), noise), math.sqrt(max(noise, 1e-15))
+        return self._at(inputs, zero, RESOLVED * reliable).known
+
+    def _zero(self, outputs: Tensor, noise: float) -> Tensor:
+        top = max(float(outputs.abs().max()), 1e-300)
+        zero = outputs.abs() <= 10 * max(noise, 1e-15) * top
+        return zero | split_zeros(outputs, noise) if self.kinked else zero
 
     def _at(self, z: Tensor, zero: Tensor, reliable: float, other: Undone | None = None) -> Undone:
         slope = torch.where(zero, 0.0, self.pull(torch.ones_like(z), z))

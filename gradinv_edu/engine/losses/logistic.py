@@ -1,4 +1,4 @@
-"""The binary logistic loss: ``k = σ(W x + b) − y`` fixes the scale up to twins."""
+"""The binary logistic loss: ``k = sigmoid(W x + b) − y`` fixes the scale up to twins."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["Logistic", "logistic_scales", "recover_from_logistic"]
 
 @register(nn.BCEWithLogitsLoss)
 class Logistic(Rule):
-    """``k = σ(z) − y``."""
+    """``k = sigmoid(z) − y``."""
 
     def from_weight(self, W: Tensor, G: Tensor, bias: Tensor | None) -> list[Head]:
         """By :func:`~gradinv_edu.fully_connected.recover_from_logistic`."""
         return recover_from_logistic(W, G, bias, reduction=self.reduction)
 
     def slope(self, z: Tensor, targets: Tensor) -> Tensor:
-        """``σ(z) − y``."""
+        """``sigmoid(z) − y``."""
         return torch.sigmoid(z) - targets.to(z)
 
     def target(self, z: Tensor, k: Tensor) -> Tensor:
-        """``σ(z) − k``."""
+        """``sigmoid(z) − k``."""
         return torch.sigmoid(z) - k
 
     def draw_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,7 +48,7 @@ def recover_from_logistic(
     *,
     reduction: str = "sum",
 ) -> list[Head]:
-    r""":math:`\langle W, G\rangle = -\mu\,\sigma(-\mu)` gives the margin by Lambert's W.
+    r""":math:`\langle W, G\rangle = -\mu\,\mathrm{sigmoid}(-\mu)` gives the margin by Lambert's W.
 
     One logit and the binary logistic loss: the margin ``μ = ±z`` has one value where the
     prediction is wrong, two where it is right: *twin data*. Either label explains the gradient
@@ -100,8 +100,8 @@ def recover_from_logistic(
 
 
 def _answers(Wv: Tensor, b: Tensor, rows: Multiples) -> list[Head]:
-    """Answers with ``c = s·(σ(s W v + b) − y)``: the signs of ``c`` are the labels."""
-    side = torch.where(rows.c < 0, -1.0, 1.0).to(Wv)  # |k_j| = σ(side·z_j)
+    """Answers with ``c = s·(sigmoid(s W v + b) − y)``: the signs of ``c`` are the labels."""
+    side = torch.where(rows.c < 0, -1.0, 1.0).to(Wv)  # |k_j| = sigmoid(side·z_j)
     Wv, b = side * Wv, side * b
     top = int(rows.c.abs().argmax())
     starts = logistic_scales(-float(Wv[top]), -float(b[top]), float(rows.c[top].abs()))
@@ -109,7 +109,7 @@ def _answers(Wv: Tensor, b: Tensor, rows: Multiples) -> list[Head]:
 
 
 def _head(Wv: Tensor, b: Tensor, side: Tensor, rows: Multiples, start: float) -> Head:
-    # the client computed σ(z) − 1 with rounding of the 1, however small the difference is
+    # the client computed sigmoid(z) − 1 with rounding of the 1, however small the difference is
     size, rounding = rows.c.abs(), 10 * rows.eps * start
     precision = rows.precision + rounding / size.clamp_min(1e-300)
 
@@ -127,7 +127,7 @@ def _head(Wv: Tensor, b: Tensor, side: Tensor, rows: Multiples, start: float) ->
 
 
 def logistic_scales(m: float, beta: float, a: float) -> list[float]:
-    r"""Every :math:`s > 0` with :math:`s\,\sigma(-(m s + \beta)) = a`, for :math:`a > 0`.
+    r"""Every :math:`s > 0` with :math:`s\,\mathrm{sigmoid}(-(m s + \beta)) = a`, for :math:`a > 0`.
 
     Multiplied out, ``s − a = a e^{m s + β}``. With ``u = m (s − a)`` that is
     ``u e^{−u} = m a e^{m a + β}``, so ``u = −W(−m a e^{m a + β})``, on both real branches of
@@ -156,7 +156,7 @@ def _lambert(exponent: float, sign: int) -> list[float]:
 
 
 def _newton(s: float, m: float, beta: float, a: float) -> float:
-    """The last digits, on ``log s + log σ(−(m s + β)) = log a``."""
+    """The last digits, on ``log s + log sigmoid(−(m s + β)) = log a``."""
     for _ in range(4):
         t = m * s + beta
         e = math.exp(-abs(t))

@@ -24,7 +24,7 @@ NULL = 1e-9  # singular values below this share of the largest count as zero
 
 @checked
 def possible_labels(weight_gradient: Float[Tensor, " m n"], batch_size: int) -> list[int]:
-    r""":math:`\exists d:\; (U\Sigma d)_y < 0,\; (U\Sigma d)_c \ge 0 \text{ for } c \ne y`.
+    r""":math:`\exists q:\; (U q)_y < 0,\; (U q)_c \ge 0 \text{ for } c \ne y`.
 
     Every ``k_n`` is negative at its label and nowhere else, and lies in the column space of the
     last layer's gradient: a class for which no such vector exists is no label of the batch.
@@ -96,13 +96,12 @@ def recover_outputs(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> list[Head]:
-    r""":math:`N k_n = \mathrm{softmax}(W V c_n + b) - e_{y_n},\quad K = U\Sigma\,C^{-\top}`.
+    r""":math:`N k_n = \mathrm{softmax}(W x_n + b) - e_{y_n},\ k^\top = U Q,\ X = Q^{-1} R`.
 
-    The gradient of a last layer, ``G = Σ k_n x_nᵀ = UΣVᵀ``, has rank ``N``: each input is
-    ``x_n = V c_n``, and all of ``K`` follows from the ``N²`` numbers in ``C``. The softmax
-    gives ``N(classes − 1)`` equations for them, solved by Levenberg and Marquardt from random
-    predictions, for each multiset of the labels that are possible. Implements
-    :eq:`batch-softmax`.
+    The gradient of a last layer, ``G = Σ k_n x_nᵀ = U R``, has rank ``N``: inputs and output
+    gradients follow from the ``N²`` numbers in ``Q``. The softmax gives ``N(classes − 1)``
+    equations for them, solved by Levenberg and Marquardt from random predictions, for each
+    multiset of the labels that are possible. Implements :eq:`batch-softmax`.
 
     Parameters
     ----------
