@@ -14,6 +14,7 @@ budgets       the course itself: chapters, tests, book, pages; fails beyond its 
 design        the trainings that chapter design draws from
 schedule      the searches that chapter schedule draws from
 tokens        the sentences that chapter tokens draws from
+learned       torchvision's networks after training, beside fresh ones
 trained       the network that chapter rank trains, while it learns
 zoo           torchvision's networks, a small one of each family: audits and recoveries
 rates         some of them over photographs and draws of their weights
@@ -75,6 +76,7 @@ SECTIONS = {
     "schedule": ("schedule", "measure", ""),
     "tokens": ("tokens", "measure", ""),
     "trained": ("trained", "measure", ""),
+    "learned": ("trained", "learned", ""),
     "zoo": ("zoo", "zoo", ""),
     "rates": ("zoo", "rates", ""),
     "campaign": ("campaign", "campaign", ""),

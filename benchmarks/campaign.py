@@ -1,8 +1,7 @@
 """How far to trust it: whatever claims certainty, over thousands of random cases.
 
 A case is a seed. It ends in an outcome, in a claim of certainty or none, and where there is a claim
-it is right or wrong; ground truth is used to say which, never by what is tried. A cell holds a
-hundred cases.
+it is right or wrong; ground truth is used to say which, never by what is tried.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 from .measure import Job, Options, fill, rounded
 from .page import cells, table
 
-SECTION, CHUNK = "trust", 100
+SECTION, SECONDS = "trust", 10.0  # of the clock, for one recovery
 
 
 class Case(NamedTuple):
@@ -28,28 +27,35 @@ class Case(NamedTuple):
     right: bool = True
 
 
-# what is claimed, in the page's words, and how many hundreds of cases
-CAMPAIGNS: dict[str, tuple[str, int]] = {
-    "networks": ("`recover` and `audit`: `exact`, over random networks of every kind of layer", 20),
-    "updates": ("`recover`: `exact`, of updates that were changed on the way", 10),
-    "jacobian": ("`audit`: `exact`, against the rank of the whole gradient's Jacobian", 5),
-    "hidden": ("`recover`: what is said to be hidden changes no gradient", 2),
-    "isolated": ("`isolated_samples`: each sample it names was in the batch", 10),
-    "batches": ("`recover_batch` with the layer's weights: every sample", 5),
-    "unweighted": ("`recover_batch` without them, the outputs counted: every sample", 5),
-    "labels": ("`possible_labels`: no label of the batch is missing", 10),
-    "counts": ("`count_labels`: how often each label occurs", 10),
-    "sentences": ("`recover_tokens`: `exact`, every word in its place", 3),
+# what is claimed, in the page's words, how many cells, and how many cases a cell
+CAMPAIGNS: dict[str, tuple[str, int, int]] = {
+    "networks": ("`recover` and `audit`: `exact`, random networks of every kind of layer", 20, 100),
+    "singles": ("`recover`: `exact`, the same kinds from float32 gradients", 20, 100),
+    "norms": ("`recover`: `exact`, norms of their own statistics, buffers sent or not", 20, 100),
+    "pooled": ("`recover`: `exact`, max pooling", 5, 100),
+    "minibatches": ("`recover(batch_size=2 to 8)`: `exact`", 5, 100),
+    "updates": ("`recover`: `exact`, of updates that were changed on the way", 40, 100),
+    "jacobian": ("`audit`: `exact`, against the rank of the whole gradient's Jacobian", 10, 100),
+    "hidden": ("`recover`: what is said to be hidden changes no gradient", 40, 100),
+    "isolated": ("`isolated_samples`: each sample it names was in the batch", 14, 1000),
+    "batches": ("`recover_batch` with the layer's weights: every sample", 5, 100),
+    "unweighted": ("`recover_batch` without them, the outputs counted: every sample", 20, 100),
+    "labels": ("`possible_labels`: no label of the batch is missing", 10, 1000),
+    "counts": ("`count_labels`: how often each label occurs", 5, 1000),
+    "sentences": ("`recover_tokens`: `exact`, every word in its place", 8, 1000),
 }
 
 
 def campaign(options: Options) -> int:
-    """A hundred cases a cell, all campaigns by turns."""
+    """All campaigns by turns, a cell of each."""
     jobs = {
-        f"{name}/{chunk}": Job("campaign", "cases", {"name": name, "first": CHUNK * chunk})
-        for chunk in range(max(n for _, n in CAMPAIGNS.values()))
-        for name, (_, chunks) in CAMPAIGNS.items() if chunk < chunks
-    }  # fmt: skip
+        f"{name}/{cell}": Job(
+            "campaign", "cases", {"name": name, "first": many * cell, "many": many}, limit=3600.0
+        )
+        for cell in range(max(n for _, n, _ in CAMPAIGNS.values()))
+        for name, (_, n, many) in CAMPAIGNS.items()
+        if cell < n
+    }
     fill(SECTION, jobs, options)
     return 0
 
@@ -57,7 +63,7 @@ def campaign(options: Options) -> int:
 # --- in the child -------------------------------------------------------------------------------
 
 
-def cases(name: str, first: int, many: int = CHUNK) -> dict[str, Any]:
+def cases(name: str, first: int, many: int) -> dict[str, Any]:
     """Cases of one campaign from a first seed on."""
     import torch
 
@@ -93,6 +99,69 @@ def networks(seed: int) -> Case:
     seen = verdicts(*random_net(seed), seed)
     claimed = seen.found is not None and seen.found.exact
     return Case(seen.outcome.removeprefix("OTHER: "), claimed, seen.error < 1e-6)
+
+
+def singles(seed: int) -> Case:
+    """The same networks, in float32."""
+    from .random_nets import random_net
+
+    return _recovered(seed, *random_net(seed), single=True)
+
+
+def norms(seed: int) -> Case:
+    """Norms of their own statistics, in either precision; the client may send its buffers."""
+    from .random_nets import normed_net
+
+    return _recovered(seed, *normed_net(seed), single=seed % 4 == 3, buffers=seed % 2 == 1)
+
+
+def pooled(seed: int) -> Case:
+    """Max pooling, in either precision."""
+    from .random_nets import pooled_net
+
+    return _recovered(seed, *pooled_net(seed), single=seed % 4 == 3)
+
+
+def _recovered(
+    seed: int, model: Any, shape: Any, single: bool = False, buffers: bool = False
+) -> Case:
+    """One random input, and what ``recover`` says of it."""
+    import torch
+
+    import gradinv_edu as gi
+
+    from .random_nets import LOSS
+
+    source = torch.Generator().manual_seed(seed)
+    model = model.float() if single else model
+    x = torch.rand(1, *shape, generator=source, dtype=torch.float64)
+    x = x.to(next(model.parameters()))
+    with torch.no_grad(), torch.random.fork_rng():
+        classes = model(torch.zeros_like(x)).shape[1]
+    target = torch.randint(classes, (1,), generator=source)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        update = gi.observe(model, LOSS, x, target, buffers=buffers)
+    found = gi.recover(model, update, shape, LOSS, seconds=SECONDS)
+    near = gi.metrics.relative_error(found.inputs, x)
+    outcome = "exact" if found.exact else " and ".join(found.hidden) or "not exact"
+    return Case(outcome, found.exact, near < (1e-3 if single else 1e-6))
+
+
+def minibatches(seed: int) -> Case:
+    """Two to eight samples in one step, by ``recover`` as a user would call it."""
+    import torch
+    from torch import nn
+
+    import gradinv_edu as gi
+
+    x, y, model, _, outputs = _wide(seed)
+    loss: nn.Module = nn.BCEWithLogitsLoss() if outputs == 1 else nn.CrossEntropyLoss()
+    update = gi.observe(model, loss, x, y)
+    found = gi.recover(model, update, tuple(x.shape[1:]), loss, batch_size=len(x),
+                       generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    right = _contains(x, found.inputs) and _contains(found.inputs.double(), x)
+    return Case("exact" if found.exact else "not exact", found.exact, right)
 
 
 def updates(seed: int) -> Case:
@@ -344,7 +413,7 @@ def trusted(data: dict[str, Any]) -> Any:
     from scipy.stats import binomtest
 
     rows = []
-    for name, (claim, _) in CAMPAIGNS.items():
+    for name, (claim, _, _) in CAMPAIGNS.items():
         parts = [cell for key, cell in cells(data, SECTION).items() if key.startswith(f"{name}/")]
         runs, claims = (sum(part[what] for part in parts) for what in ("runs", "claims"))
         wrong = sum(len(part["wrong"]) for part in parts)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import gradinv_edu as gi
+from gradinv_edu.engine.files import write_whole
 
 FILE = Path(__file__).parents[1] / "book" / "data" / "design.json"
 LOSS = nn.CrossEntropyLoss()
@@ -135,7 +136,7 @@ def main() -> None:
             key = f"{name}/{seed}"
             if key not in done["cells"]:
                 done["cells"][key] = cell(name, seed)
-                FILE.write_text(json.dumps(done, indent=1) + "\n")
+                write_whole(FILE, json.dumps(done, indent=1) + "\n")
                 found = done["cells"][key]
                 print(key, found["parameters"], found["accuracy"], found["last"][0], flush=True)
 

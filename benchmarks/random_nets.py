@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import gradinv_edu as gi
+from gradinv_edu.engine.layers import rule_of
 from gradinv_edu.engine.layers.activations import INVERSES
+from gradinv_edu.engine.layers.norms import Norm
 from gradinv_edu.errors import GradientInversionError, UndeterminedScaleError
 
 Shape = tuple[int, ...]
@@ -43,13 +45,39 @@ class Concatenation(nn.Module):
 
 def random_net(seed: int) -> tuple[nn.Module, Shape]:
     """One to five layers with weights on vectors, signals or pictures; float64."""
+    return _net(_Draw, seed)
+
+
+def normed_net(seed: int) -> tuple[nn.Module, Shape]:
+    """The same with a norm of its own statistics above most layers, in training mode."""
+    return _net(_Normed, seed)
+
+
+def pooled_net(seed: int) -> tuple[nn.Module, Shape]:
+    """One or two convolutions on a small picture, max pooling above each, and a dense layer."""
+    return _net(_Pooled, seed)
+
+
+def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
+    """With scales and shifts of its own in every norm."""
+    source = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(rule_of(module), Norm):
+            for p in module.parameters(recurse=False):
+                p.data += 0.3 * torch.randn(p.shape, generator=source)
+    return net.double().train()
+
+
+def _net(kind: type[_Draw], seed: int) -> tuple[nn.Module, Shape]:
     attempt = 0
     while True:
-        source = torch.Generator().manual_seed(100 * seed + attempt)
         try:
-            return _Draw(source).net()
-        except RuntimeError:  # a kernel larger than what is left of the picture
+            model, shape = kind(torch.Generator().manual_seed(100 * seed + attempt)).net()
+            model(torch.zeros(1, *shape).double())
+        except (RuntimeError, ValueError):  # a kernel too large, a norm of one value
             attempt += 1
+        else:
+            return model, shape
 
 
 class _Draw:
@@ -133,6 +161,55 @@ class _Draw:
 
     def bend(self) -> nn.Module:
         return BENDS[self.pick(*range(len(BENDS)))]()
+
+
+class _Normed(_Draw):
+    """Nets with a norm of its own statistics above most layers."""
+
+    def add(self, layer: nn.Module) -> None:
+        self.layers.append(layer.double())
+        with torch.no_grad():
+            z = self.layers[-1](torch.rand(2, *self.shape).double())
+        self.shape = tuple(z.shape[1:])
+
+    def piece(self) -> None:
+        self.add(self.linear(self.pick(4, 8, 12, 16, 24)))
+        channels, affine, d = self.shape[0], bool(self.pick(0, 1, 1)), self.dimensions
+        batch = nn.BatchNorm1d if d < 2 else nn.BatchNorm2d
+        instance = nn.InstanceNorm1d if d < 2 else nn.InstanceNorm2d
+        norms = [
+            lambda: nn.GroupNorm(2, channels),
+            lambda: nn.LayerNorm(self.shape, elementwise_affine=affine),
+            nn.Identity,
+        ]
+        if d:
+            norms += [
+                lambda: batch(channels, affine=affine),
+                lambda: instance(channels, affine=affine),
+            ]
+        self.add(drawn(norms[self.pick(*range(len(norms)))](), self.pick(*range(99))))
+        bent = self.bend() if self.pick(0, 0, 1) else None
+        self.add(bent or (nn.LeakyReLU(0.2) if self.pick(0, 1) else nn.ReLU()))
+
+
+class _Pooled(_Draw):
+    def net(self) -> tuple[nn.Module, Shape]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.pick(*range(10**6)))
+            self.dimensions = 2
+            self.shape = shape = (self.pick(1, 3), *[self.pick(6, 8, 9)] * 2)
+            for _ in range(self.pick(1, 1, 2)):
+                self.piece()
+            self.add(nn.Flatten())
+            self.add(nn.Linear(self.shape[0], self.pick(3, 5, 10)))
+            return nn.Sequential(*self.layers).double(), shape
+
+    def piece(self) -> None:
+        width, kernel = self.pick(8, 16, 32), self.pick(3, 5)
+        self.add(nn.Conv2d(self.shape[0], width, kernel, padding=kernel // 2))
+        self.add([nn.ReLU(), nn.Tanh()][self.pick(0, 1)])
+        window = self.pick(2, 2, 3)
+        self.add(nn.MaxPool2d(window, self.pick(2, window), padding=self.pick(0, 0, 1)))
 
 
 @dataclass(frozen=True)

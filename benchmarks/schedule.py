@@ -5,7 +5,9 @@ Usage: python -m benchmarks schedule          (every cell that the data file lac
 Each cell is an attacker, a learning rate, a number of local steps, on 20 digits and 1 or 3 seeds; a
 seed draws the network and the start; in some cells the network has been trained before the attack.
 Beside them stands what each schedule teaches: accuracy on held-out digits after so many rounds of a
-federation whose clients hold 50 digits each. The file is written after each cell.
+federation whose clients hold 50 digits each. A third part does the same for the size of a batch, on
+a small dense network: one batch attacked in each of five networks, and what it teaches, at the best
+of some rates. The file is written after each cell.
 
 Attack and network are those of Wei et al. (2020): L-BFGS on the squared distance of the gradients,
 a patterned start, the label read from the last layer, the DLG paper's LeNet with sigmoid; pictures
@@ -25,6 +27,7 @@ import torch
 from torch import nn
 
 import gradinv_edu as gi
+from gradinv_edu.engine.files import write_whole
 
 FILE = Path(__file__).parents[1] / "book" / "data" / "schedule.json"
 PICTURES, STEPS = 20, 8
@@ -39,8 +42,9 @@ CELLS: list[Key] = [
     # a rate at which the network learns, and the network after 400 rounds of it
     *((who, 0.3, 10, 3, False) for who in ("recursion", "unaware")),
     *(("recursion", 0.3, steps, 3, True) for steps in (1, 10)),
-    ("unaware", 0.3, 1, 3, True),
+    *(("unaware", 0.3, steps, 3, True) for steps in (1, 10)),
 ]
+SIZES, NETS, RATES = (1, 2, 4, 8, 16, 32), 5, (0.3, 1.0, 3.0, 10.0)
 # learning rate, local steps, digits of a client in one step
 SCHEDULES = [(0.01, 1, 50), (0.01, 10, 50), (0.3, 1, 50), (1.5, 1, 50), (0.3, 10, 50)]
 
@@ -136,6 +140,45 @@ def cell(
     return {**where, "trained": trained, **columns}
 
 
+def of_size(size: int) -> dict[str, Any]:
+    """A batch of this size in five networks, fresh and trained: how much is found, and learned.
+
+    The rate is the one of RATES that teaches most in a network of its own; every size gets as many
+    rounds.
+    """
+    x, y, held_x, held_y = shuffled()
+
+    def sigmoid(seed: int) -> nn.Module:
+        source = torch.Generator().manual_seed(1000 + seed)
+        return gi.models.mlp((64, 24, 10), "sigmoid", generator=source)
+
+    def taught(rate: float, seed: int) -> nn.Module:
+        source = torch.Generator().manual_seed(seed)
+        return gi.design.train(
+            sigmoid(seed), CE, x, y, steps=2 * ROUNDS, batch_size=size, learning_rate=rate,
+            generator=source,
+        )  # fmt: skip
+
+    rate = max(RATES, key=lambda rate: gi.design.accuracy(taught(rate, 999), x, y))
+    nets = [taught(rate, seed) for seed in range(NETS)]
+    scores = [round(gi.design.accuracy(net, held_x, held_y), 4) for net in nets]
+    cell: dict[str, Any] = {"size": size, "rate": rate, "accuracy": scores}
+    for when, group in (("fresh", [sigmoid(seed) for seed in range(NETS)]), ("trained", nets)):
+        cell[when] = []
+        for seed, net in enumerate(group):
+            victims = slice(seed * size, (seed + 1) * size)
+            truth = held_x[victims]
+            update = gi.observe(net, CE, truth, held_y[victims])
+            match = gi.optimization.match_gradients(
+                net, update, (1, 8, 8), CE, method="idlg", steps=10,
+                generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            shown = gi.scoreboard.matched(match.inputs.nan_to_num(0.5).clamp(0, 1), truth)
+            pairs = zip(shown, truth.double(), strict=True)
+            cell[when].append([round(gi.metrics.psnr(a, b), 1) for a, b in pairs])
+    return cell
+
+
 def load() -> dict[str, Any]:
     """Read the data file, or begin one for these versions."""
     if FILE.exists():
@@ -147,6 +190,7 @@ def load() -> dict[str, Any]:
         "steps": STEPS,
         "cells": [],
         "accuracy": [],
+        "batches": [],
     }
 
 
@@ -159,12 +203,17 @@ def main(most: int | None = None) -> None:
         if [rate, steps, batch] not in known:
             where = {"learning_rate": rate, "local_steps": steps, "batch_size": batch}
             data["accuracy"].append({**where, "accuracy": accuracies(rate, steps, batch)})
-            FILE.write_text(json.dumps(data, indent=1) + "\n")
+            write_whole(FILE, json.dumps(data, indent=1) + "\n")
+    for size in SIZES[: None if most is None else 0]:
+        if size not in [c["size"] for c in data["batches"]]:
+            data["batches"].append(of_size(size))
+            write_whole(FILE, json.dumps(data, indent=1) + "\n")
+            print("batch", size, data["batches"][-1]["accuracy"], flush=True)
     done = {tuple(c[name] for name in names) for c in data["cells"]}
     for key in [c for c in CELLS if c not in done][:most]:
         data["cells"].append(cell(*key))
         FILE.parent.mkdir(exist_ok=True)
-        FILE.write_text(json.dumps(data, indent=1) + "\n")
+        write_whole(FILE, json.dumps(data, indent=1) + "\n")
         print(key, gi.metrics.success_rate(p > 20 for p in data["cells"][-1]["psnr"]), flush=True)
 
 

@@ -124,10 +124,9 @@ def _used(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(data: dict[str, Any]) -> None:
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    beside = FILE.with_suffix(f".{os.getpid()}.part")
-    beside.write_text(json.dumps(_used(data), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(beside, FILE)
+    from gradinv_edu.engine.files import write_whole
+
+    write_whole(FILE, json.dumps(_used(data), indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager

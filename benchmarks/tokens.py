@@ -4,8 +4,9 @@ Usage: python -m benchmarks tokens          (every cell that the data file lacks
 
 A cell is a setting and its sentences, pieces of the help texts that ship with Python, read in the
 gradient of a tiny GPT that was trained on them; how many came back word for word, and what share
-of the words did. The file is written after each cell. The real model's cell is measured where it
-is installed.
+of the words did. Patches are twenty crops of photographs through five vision transformers each.
+The file is written after each cell. Cells of the real model are measured where it is installed,
+those of ``peft`` where that and ``transformers`` are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 from gradinv_edu import language, tokens
+from gradinv_edu.engine.files import write_whole
 from gradinv_edu.errors import GradientInversionError, MissingExtraError
 
 from .measure import Options
@@ -189,6 +191,111 @@ def lora(rank: int, rounds: int, length: int, dtype: torch.dtype) -> dict[str, A
     return {"whole": whole, "of": 20, "predicted": predicted}
 
 
+# Patches.
+
+TILES, SIDE, PICTURES, SEEDS = 64, 4, 20, 5
+
+
+@cache
+def crops() -> Tensor:
+    """Twenty pictures of 32×32, two or three of each photograph."""
+    photos = [gi.data.photo(name, size=64) for name in gi.data.PHOTOS]
+    corners = ((0, 0), (20, 24), (32, 4))
+    return torch.cat([p[..., y : y + 32, x : x + 32] for y, x in corners for p in photos])[
+        :PICTURES
+    ]
+
+
+def vit(width: int, seed: int, dropout: float = 0.0) -> nn.Module:
+    """A small vision transformer, its head drawn, with 64 patches."""
+    from torchvision.models import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = VisionTransformer(32, SIDE, 2, 4, width, 2 * width, dropout, num_classes=10)
+        nn.init.normal_(net.heads.head.weight, std=0.02)
+    return net.train(bool(dropout))
+
+
+# What is done to the update, and the noise on an entry that a server would reckon with, as a share
+# of the entries' size: after steps, that of the rounded weights whose difference is sent.
+Condition = tuple[dict[str, Any], Change | None, float]
+CONDITIONS: dict[str, Condition] = {
+    "one gradient": ({}, None, 0.0),
+    **{f"width {width}": ({"width": width}, None, 0.0) for width in (64, 48, 32)},
+    **{f"dropout {p}": ({"dropout": p}, None, 0.0) for p in (0.1, 0.5)},
+    **{
+        f"{n} steps of SGD": ({"local_steps": n, "learning_rate": 0.1}, None, 1e-5) for n in (3, 20)
+    },
+    "a step of Adam": ({"local_steps": 1, "learning_rate": 1e-3, "optimizer": "adam"}, None, 1e-4),
+    "float16": ({}, half(torch.float16), 3e-4),
+    "bfloat16": ({}, half(torch.bfloat16), 2e-3),
+    **{f"noise {s:g}": ({}, noise(s), s) for s in (1e-5, 1e-3, 1e-1)},
+    **{f"a batch of {n}": ({"batch": n}, None, 0.0) for n in (2, 4)},
+}
+
+
+def through(name: str) -> dict[str, Any]:
+    """Decibels of twenty pictures in five networks each; the prior in the first alone."""
+    settings, change, size = CONDITIONS[name]
+    how, plain, smooth = dict(settings), list[float](), list[float]()
+    batch, dropout, width = how.pop("batch", 1), how.pop("dropout", 0.0), how.pop("width", 128)
+    for seed in range(SEEDS):
+        net = vit(width, seed, dropout)
+        for i in range(PICTURES):
+            x, source = crops().roll(-i, 0)[:batch], torch.Generator().manual_seed(i)
+            update = gi.observe(net, LOSS, x, torch.arange(batch), generator=source, **how)
+            update = changed(update, change, i) if change else update
+            K = update.gradients["encoder.pos_embedding"][0].double()
+            G = update.gradients["conv_proj.weight"].flatten(1).double()
+            # noise is as large as the whole tensor says, and the class token's row is the loudest
+            entry = size * float((K if "noise" in name else K[1:]).square().mean().sqrt())
+            K = K[1:]
+            far = entry * (TILES**0.5 + width**0.5) / float(torch.linalg.matrix_norm(K, 2))
+            plain.append(_decibels(tokens.recover_patches(K, G, cut=max(far, 1e-6)), x))
+            if seed == 0:
+                smooth.append(_decibels(by_prior(K, G, size, entry), x))
+    return {"plain": _spread(plain), "smooth": _spread(smooth), "of": len(plain)}
+
+
+@cache
+def alike(reach: float = 8.0) -> Tensor:
+    """A root of the covariance of pixels, in the order of the patches: near ones are alike."""
+    grid = torch.cartesian_prod(torch.arange(32), torch.arange(32)).double()
+    order = nn.functional.unfold(
+        torch.arange(1024).reshape(1, 1, 32, 32).double(), SIDE, stride=SIDE
+    )
+    grid = grid[order[0].T.long().flatten()]
+    return torch.linalg.cholesky(0.06 * torch.exp(-torch.cdist(grid, grid) / reach))
+
+
+def by_prior(K: Tensor, G: Tensor, size: float, entry: float) -> Tensor:
+    """``Kᵀ X = G`` by the mean of a Gaussian: of grey pictures, smooth as photographs are."""
+    root, count = alike(), SIDE**2
+    entry += 1e-7 * float(K.square().mean().sqrt())
+    noise_ = (size + 1e-7) ** 2 * float(G.square().mean()) + 0.3 * TILES * entry**2
+    told = root.T @ (K @ K.T @ root.unflatten(0, (TILES, -1)).flatten(1)).reshape(root.shape)
+    told += noise_ * torch.eye(len(root))
+    sent = G.unflatten(1, (-1, count)).transpose(1, 2)  # D, pixels, colours
+    rest = (sent - 0.5 * K.sum(dim=0)[:, None, None]).flatten(1)
+    b = (K @ rest).unflatten(1, (count, -1)).flatten(0, 1)
+    x = 0.5 + root @ torch.cholesky_solve(root.T @ b, torch.linalg.cholesky(told))
+    return x.unflatten(0, (TILES, count)).transpose(1, 2).flatten(1)
+
+
+def _decibels(X: Tensor, pictures: Tensor) -> float:
+    """Against the nearest of what was sent."""
+    picture = nn.functional.fold(X.T[None].clamp(0, 1), 32, SIDE, stride=SIDE)
+    return max(float(gi.metrics.psnr(picture, x[None].double())) for x in pictures)
+
+
+def _spread(values: list[float]) -> list[float]:
+    """The tenth, the half and the ninetieth of a hundred."""
+    return [
+        round(v, 1) for v in torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    ]
+
+
 PRIVATE = (
     "Patient Anna Keller, born 3 March 1961, was admitted with chest pain.",
     "Please wire 4,200 euros to my landlord before Friday.",
@@ -201,6 +308,90 @@ PRIVATE = (
     "The spare key is under the third flower pot.",
     "He failed the drug test twice, so they let him go.",
 )
+
+
+def hugging_face() -> tuple[nn.Module, Any]:
+    """SmolLM2 as transformers has it, and its tokenizer; logits with the words second."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own, tokenizer = language.smollm2()
+    first = own.layers[0]
+    attention, norm = first.self_attn, first.input_layernorm
+    config = LlamaConfig(
+        vocab_size=len(own.embed_tokens.weight), hidden_size=own.embed_tokens.embedding_dim,
+        intermediate_size=first.gate_proj.out_features, num_hidden_layers=len(own.layers),
+        num_attention_heads=attention.q_proj.out_features // attention.size,
+        num_key_value_heads=attention.k_proj.out_features // attention.size,
+        rms_norm_eps=norm.eps, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": attention.base},
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    net = LlamaForCausalLM(config)
+    weights = dict(own.named_parameters())
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            place = name.removeprefix("model.").replace(".mlp.", ".")
+            value = weights[place]
+            if name.endswith(("q_proj.weight", "k_proj.weight")):  # halves where ours has pairs
+                pairs = value.unflatten(0, (-1, attention.size // 2, 2))
+                value = pairs.transpose(1, 2).reshape(value.shape)
+            weight.copy_(value)
+    return net.eval(), tokenizer
+
+
+class Logits(nn.Module):
+    """A model of transformers as ``CrossEntropyLoss`` wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``(N, T)`` ids to ``(N, V, T)`` logits."""
+        logits: Tensor = self.model(ids, use_cache=False).logits
+        return logits.transpose(1, 2)
+
+
+TEXTS = 5
+
+
+@cache
+def with_peft(rank: int) -> tuple[nn.Module, Any]:
+    """SmolLM2 with LoRA on q and v, as ``peft`` puts it there."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(rank)
+    net, tokenizer = hugging_face()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
+    return Logits(get_peft_model(net, config)).eval(), tokenizer
+
+
+def peft(rank: int, length: int) -> dict[str, Any]:
+    """Five texts, each trained on alone: the second of two rounds, words and order."""
+    net, tokenizer = with_peft(rank)
+    start = {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
+    ids = torch.tensor(tokenizer.encode(language.text()[:20_000]).ids)
+    whole = words = predicted = 0
+    for piece in language.sentences(ids, TEXTS, length):
+        # positions are rotary: the first block's inputs are as many as the different words
+        different = len(piece[:-1].unique())
+        predicted += different <= tokens.adapter_capacity(rank, 2, 2, 576)
+        update = observed(net, piece[None])
+        with torch.no_grad():
+            for name, g in update.gradients.items():
+                net.get_parameter(name).sub_(0.3 * g / g.norm().clamp_min(1e-30))
+        update = observed(net, piece[None])
+        try:
+            found = tokens.recover_tokens(net, update, length=length)
+            whole += any(torch.equal(ids_, piece[:-1]) for ids_ in found.sequences)
+            true = set(piece[:-1].tolist())
+            words += set(found.words.tolist()) == true
+        except GradientInversionError as error:
+            print(type(error).__name__, flush=True)
+        with torch.no_grad():
+            for name, value in start.items():
+                net.get_parameter(name).copy_(value)
+    return {"whole": whole, "words": words, "of": TEXTS, "predicted": predicted}
 
 
 def real() -> dict[str, Any]:
@@ -236,6 +427,11 @@ def cells() -> dict[str, Callable[[], dict[str, Any]]]:
                     key = f"lora/{str(dtype)[6:]}/{rank}/{rounds}/{length}"
                     found[key] = lambda r=rank, k=rounds, n=length, d=dtype: lora(r, k, n, d)  # type: ignore[misc]
     found["real/smollm2"] = real
+    for rank in (4, 8, 16):
+        for length in (2 * rank, 2 * rank + 1):
+            found[f"peft/{rank}/{length}"] = lambda r=rank, n=length: peft(r, n)  # type: ignore[misc]
+    for name in CONDITIONS:
+        found[f"patches/{name}"] = lambda name=name: through(name)  # type: ignore[misc]
     return found
 
 
@@ -256,5 +452,5 @@ def measure(options: Options) -> int:
             continue
         print(key, found, flush=True)
         stored = {**load(), key: found}
-        FILE.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(FILE, json.dumps(stored, indent=1, sort_keys=True) + "\n")
     return 0

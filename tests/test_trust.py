@@ -102,6 +102,30 @@ def test_a_damaged_file_is_refused_or_is_an_update(
         assert "damaged.safetensors" in str(error)
 
 
+WRITES = """
+import itertools, sys
+from gradinv_edu.engine.files import write_whole
+for n in itertools.count():
+    write_whole(sys.argv[1], f"{n:07} " * 100_000)
+    print(n, flush=True)
+"""
+
+
+def test_a_killed_process_leaves_the_file_of_before_or_after(tmp_path: Path) -> None:
+    """kill -9 at random moments: what was said to be written is there, whole."""
+    path, moments = tmp_path / "stored.json", torch.Generator().manual_seed(0)
+    for _ in range(5):
+        command = [sys.executable, "-c", WRITES, str(path)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert child.stdout is not None
+        child.stdout.readline()  # loaded
+        time.sleep(0.1 * float(torch.rand((), generator=moments)))
+        child.kill()
+        said = [0, *map(int, child.stdout.read().split())][-1]
+        words = path.read_text().split()
+        assert len(words) == 100_000 and {*words} <= {f"{said:07}", f"{said + 1:07}"}
+
+
 # --- threads and processes ----------------------------------------------------------------------
 
 

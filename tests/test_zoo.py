@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page, store, zoo  # noqa: E402
+from benchmarks import page, store, trained, zoo  # noqa: E402
 
 DATA: dict[str, Any] = store.load()
 PAGE: dict[str, Any] = json.loads((ROOT / "book" / "zoo.ipynb").read_text("utf-8"))
 EMPTY: dict[str, Any] = {"format": store.FORMAT, "runs": [], "sections": {}}
-TABLES = ("families", "reasons", "rated")
+TABLES = ("families", "reasons", "rated", "learned")
 
 
 def shown(name: str) -> str:
@@ -43,10 +43,14 @@ def test_the_text_tells_no_figure() -> None:
 
 def test_stored_cells_are_those_that_would_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, set[str]] = {}
-    monkeypatch.setattr(zoo, "fill", lambda section, jobs, _: asked.update({section: set(jobs)}))
+    for module in (zoo, trained):
+        monkeypatch.setattr(
+            module, "fill", lambda what, jobs, _: asked.setdefault(what, set()).update(jobs)
+        )
     zoo.zoo(zoo.Options())
     zoo.rates(zoo.Options())
-    for section in (zoo.ZOO, zoo.RATES):
+    trained.learned(zoo.Options())
+    for section in (zoo.ZOO, zoo.RATES, "learned"):
         assert set(DATA["sections"].get(section, {})) <= asked[section]
 
 
@@ -63,5 +67,5 @@ def test_a_cell_tells_what_came_out_and_what_did_not() -> None:
     cell = zoo.recover_one("squeezenet1_1", 32, "cat", budget=0.01)
     assert cell["ended"] == "not finished" and cell["seconds"] < 5
     tried = [{"psnr": 280.4, "exact": True}, {"psnr": 21.0, "exact": False}, cell]
-    assert zoo.reached(tried) == "280, (21), not finished"
-    assert zoo.reached([cell, cell]) == "not finished" and zoo.reached([]) is None
+    assert zoo.reached(tried) == "280, (21), not within 60 CPU s"
+    assert zoo.reached([cell, cell]) == "not within 60 CPU s" and zoo.reached([]) is None
