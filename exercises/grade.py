@@ -13,6 +13,7 @@ import ast
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 import secrets
@@ -24,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -36,6 +36,7 @@ from checks.verdict import Mistakes, WrongAnswerError, pattern
 from editions import HERE, Exercise, Notebook, mark_of, source_of
 from submission import EndedError, Runner, Session, tidy
 
+from gradinv_edu.engine.files import write_whole
 from gradinv_edu.errors import GradientInversionError, InvalidArgumentError
 
 FULL, PARTLY, UNGRADABLE, TOO_SLOW = 0, 1, 2, 3
@@ -51,11 +52,12 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Mark:
-    """What one exercise earned, and what to say about it."""
+    """What one exercise earned, what to say about it, and the name of the known mistake."""
 
     exercise: Exercise
     points: float
     hint: str = ""
+    mistake: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def _graded(
     if session.ended:
         points, hint = 0.0, session.ended
         notes.append(f"{exercise.number}: {session.ended}")
-    return Mark(exercise, points, hint), notes
+    return Mark(exercise, points, hint, mistake_of(exercise, hint)), notes
 
 
 def checked(exercise: Exercise, text: str, answer: Any, seed: int = 0) -> tuple[float, str]:
@@ -417,14 +419,13 @@ def notebooks(paths: Sequence[Path]) -> list[Path]:
 
 
 def alike(reports: Sequence[Report]) -> list[str]:
-    """Name the pairs whose long answers are the same but for names and comments."""
-    lines = []
-    for a, b in combinations(reports, 2):
-        if a.assignment == b.assignment and a.student != b.student:
-            mine = dict(a.shapes)
-            same = [number for number, shape in b.shapes if mine.get(number) == shape]
-            lines += [f"{a.student} and {b.student}: {', '.join(same)}"] if same else []
-    return lines
+    """Name those whose long answers to an exercise are the same but for names and comments."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for report in reports:
+        for number, shape in report.shapes:
+            found.setdefault((number, shape), []).append(report.student)
+    groups = [(number, sorted({*who})) for (number, _), who in found.items()]
+    return [f"{number}: {', '.join(who)}" for number, who in groups if len(who) > 1]
 
 
 def statistics(reports: Sequence[Report]) -> str:
@@ -433,41 +434,55 @@ def statistics(reports: Sequence[Report]) -> str:
     for stem in dict.fromkeys(report.assignment for report in reports):
         group = [report for report in reports if report.assignment == stem]
         points = [report.points for report in group]
-        lines.append(
-            f"{stem}: {len(group)} notebooks, mean {mean(points):.1f}, median "
-            f"{median(points):g} of {group[0].most} points"
-        )
         rows = list(zip(*(report.marks for report in group), strict=True))
         rows.sort(key=lambda row: mean(m.points for m in row) / row[0].exercise.points)
+        made = Counter(f"{m.exercise.number} {m.mistake}" for row in rows for m in row if m.mistake)
+        hardest = rows[0][0].exercise
+        lines += [
+            f"{stem}: {len(group)} notebooks, mean {mean(points):.1f}, median "
+            f"{median(points):g} of {group[0].most} points",
+            f"  hardest exercise: {hardest.number} {hardest.title}",
+            *(f"  commonest mistake: {name}, {n} times" for name, n in made.most_common(1)),
+        ]
         for row in rows:
             exercise, solved = row[0].exercise, sum(m.points == m.exercise.points for m in row)
             lines.append(f"  {exercise.number} {exercise.title}: {solved} of {len(row)} solved")
-            common = Counter(mistake_of(m) for m in row if m.hint).most_common(2)
+            common = Counter(m.mistake or tidy(m.hint, 80) for m in row if m.hint).most_common(3)
             lines += [f"      {count} × {name}" for name, count in common]
-    same = alike(reports)
-    return "\n".join([*lines, *(f"Equal but for names: {pair}" for pair in same)])
+    return "\n".join([*lines, *(f"Equal but for names, {who}" for who in alike(reports))])
 
 
-def mistake_of(mark: Mark) -> str:
-    """Name the known mistake that a hint belongs to; else the hint itself."""
-    for mistake in Mistakes.KNOWN.get(mark.exercise.solution, ()):
-        if re.fullmatch(pattern(mistake), mark.hint):
+def mistake_of(exercise: Exercise, hint: str) -> str:
+    """Name the known mistake that a hint belongs to; empty if it is none's."""
+    for mistake in Mistakes.KNOWN.get(exercise.solution, ()):
+        if hint and re.fullmatch(pattern(mistake), hint):
             return mistake.__name__.replace("_", " ")
-    return tidy(mark.hint, 80)
+    return ""
 
 
 def write_csv(reports: Sequence[Report], path: Path) -> None:
     """Write marks, a row a notebook: points by exercise, in all, and what to look at."""
     numbers = list(dict.fromkeys(m.exercise.number for r in reports for m in r.marks))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["student", "assignment", *numbers, "points", "of", "hints", "look at"])
-        for report in reports:
-            earned = {m.exercise.number: f"{m.points:g}" for m in report.marks}
-            hints = " | ".join(f"{m.exercise.number}: {m.hint}" for m in report.marks if m.hint)
-            row = [report.student, report.assignment, *(earned.get(n, "") for n in numbers)]
-            row += [f"{report.points:g}", str(report.most), hints, " | ".join(report.notes)]
-            rows.writerow([_harmless(cell) for cell in row])
+    file = io.StringIO(newline="")
+    rows = csv.writer(file)
+    rows.writerow(["student", "assignment", *numbers, "points", "of", "hints", "look at"])
+    for report in reports:
+        earned = {m.exercise.number: f"{m.points:g}" for m in report.marks}
+        hints = " | ".join(f"{m.exercise.number}: {m.hint}" for m in report.marks if m.hint)
+        row = [report.student, report.assignment, *(earned.get(n, "") for n in numbers)]
+        row += [f"{report.points:g}", str(report.most), hints, " | ".join(report.notes)]
+        rows.writerow([_harmless(cell) for cell in row])
+    write_whole(path, file.getvalue())
+
+
+def write_results(report: Report, path: Path) -> None:
+    """Write what Gradescope reads: ``results.json``, a test for each exercise."""
+    tests = [
+        {"name": f"{m.exercise.number} {m.exercise.title}", "score": m.points,
+         "max_score": m.exercise.points, "output": m.hint}
+        for m in report.marks
+    ]  # fmt: skip
+    write_whole(path, json.dumps({"tests": tests}, ensure_ascii=False))
 
 
 def _harmless(cell: str) -> str:
@@ -502,8 +517,9 @@ def fill_gradebook(reports: Sequence[Report], path: Path) -> int:
             if "Feedback comments" in header:
                 hints = [f"{m.exercise.number}: {m.hint}" for m in report.marks if m.hint]
                 row[header.index("Feedback comments")] = _harmless(" ".join(hints))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(rows)
+    write_whole(path, file.getvalue())
     return filled
 
 
@@ -518,6 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--csv", type=Path, help="write the marks here")
     parser.add_argument("--gradebook", type=Path, help="fill in this export of Canvas or Moodle")
+    parser.add_argument("--results", type=Path, help="write one notebook's for Gradescope")
     parser.add_argument("--secret", default="", help="seed of the students' data, with their names")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for an exercise")
     parser.add_argument("--gigabytes", type=float, default=GIGABYTES, help="of memory, default 4")
@@ -536,6 +553,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"(the students' data once more: --secret {secret})")
     if options.csv:
         write_csv(reports, options.csv)
+    if options.results and reports:
+        write_results(reports[0], options.results)
     if options.gradebook:
         print(f"{fill_gradebook(reports, options.gradebook)} rows filled in")
     if len(reports) < len(told) or not told:

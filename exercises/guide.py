@@ -17,7 +17,7 @@ from gradinv_edu.kit import quiz
 
 Room = tuple[dict[str, Any], dict[str, str]]
 
-KINDS = ("syllabi", "sections", "exercises", "objectives", "mistakes")
+KINDS = ("syllabi", "exercises", "objectives", "mistakes")
 SPINE = ("00", "01", "02", "03", "04", "05", "10", "11", "12", "13", "14", "15", "17", "18")
 WEEKS = {
     4: ("00", "01", "02", "03", "04", "05"),
@@ -25,9 +25,7 @@ WEEKS = {
     14: (),
 }  # chapters of each plan; none is all
 MINUTES = re.compile(r"[Aa]bout (\d+) minutes")
-CODE_WORDS = 40  # reading and running a cell takes about as long as reading so many words
-QUESTION_WORDS = 80  # a question of the quiz likewise, with what its answers say
-STEP = 5  # minutes to which sections are rounded
+STEP = 5  # minutes by which a week grows
 OBJECTIVE = re.compile(r"^- (.+)$", re.MULTILINE)
 
 
@@ -61,11 +59,11 @@ def tables(exercises: Path) -> dict[str, str]:
     Returns
     -------
     dict of str
-        Markdown: ``"syllabi"`` shares the chapters out over weeks, ``"sections"`` a chapter's
-        minutes, ``"exercises"`` lists the exercises, ``"objectives"`` is the matrix of objectives
-        and exercises, ``"mistakes"`` that of exercises and planted mistakes with their hints.
+        Markdown: ``"syllabi"`` shares the chapters out over weeks, ``"exercises"`` lists the
+        exercises, ``"objectives"`` is the matrix of objectives and exercises, ``"mistakes"`` that
+        of exercises and planted mistakes with their hints.
     """
-    makers = (syllabi, section_table, exercise_table, objective_table, mistake_table)
+    makers = (syllabi, exercise_table, objective_table, mistake_table)
     return {
         kind: f"# {make.__doc__.splitlines()[0].rstrip('.')}\n\n{make(exercises)}\n"  # type: ignore[union-attr]
         for kind, make in zip(KINDS, makers, strict=True)
@@ -81,7 +79,7 @@ def syllabus(exercises: Path, weeks: int) -> str:
     """Share chapters out over weeks: in order, whole, each week about as long as the others."""
     every = chapters(exercises)
     chosen = [c for c in every if c.stem[:2] in WEEKS[weeks] or not WEEKS[weeks]]
-    minutes = {chapter: minutes_of(chapter)[0] for chapter in chosen}
+    minutes = {chapter: minutes_of(chapter) for chapter in chosen}
     plan = _weeks(chosen, minutes, weeks)
     lines = [
         f"## {weeks} weeks\n",
@@ -126,45 +124,10 @@ def _filled(chosen: list[Path], minutes: dict[Path, int], longest: int) -> list[
     return plan
 
 
-def section_table(exercises: Path) -> str:
-    """Minutes of each section, by its length."""
-    lines = ["| Chapter | Section | Minutes |", "|---|---|---|"]
-    for chapter in chapters(exercises):
-        stated, shares = minutes_of(chapter)
-        lines.append(f"| **{title_of(chapter)}** | | **{stated}** |")
-        lines += [f"| | {section} | {minutes or 'under 5'} |" for section, minutes in shares]
-    return "\n".join(lines)
-
-
-def minutes_of(chapter: Path) -> tuple[int, list[tuple[str, int]]]:
-    """Return the minutes that a chapter states, and those of each section, in steps of five."""
-    cells = read(chapter)["cells"]
-    found = MINUTES.search(_opening({"cells": cells}))
-    stated = int(found[1]) if found else 60
-    lengths: dict[str, int] = {}
-    section = "Introduction"
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            lengths[section] = lengths.get(section, 0) + _words(source_of(cell), chapter.stem)
-            continue
-        for line in source_of(cell).splitlines():
-            section = line.removeprefix("## ") if line.startswith("## ") else section
-            lengths[section] = lengths.get(section, 0) + len(line.split())
-    return stated, _shared_out(stated, lengths)
-
-
-def _words(code: str, stem: str) -> int:
-    return QUESTION_WORDS * len(quiz.load(stem).questions) if "quiz.load" in code else CODE_WORDS
-
-
-def _shared_out(stated: int, lengths: dict[str, int]) -> list[tuple[str, int]]:
-    """Largest remainders: steps that add up to the whole."""
-    exact = {name: n * stated / sum(lengths.values()) / STEP for name, n in lengths.items()}
-    steps = {name: int(share) for name, share in exact.items()}
-    left = stated // STEP - sum(steps.values())
-    for name in sorted(exact, key=lambda name: steps[name] - exact[name])[:left]:
-        steps[name] += 1
-    return [(name, STEP * count) for name, count in steps.items()]
+def minutes_of(chapter: Path) -> int:
+    """Return the minutes that a chapter states; 60 where it states none."""
+    found = MINUTES.search(_opening(read(chapter)))
+    return int(found[1]) if found else 60
 
 
 def exercise_table(exercises: Path) -> str:

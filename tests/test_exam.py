@@ -49,6 +49,26 @@ def test_each_student_has_numbers_of_their_own(capsys: pytest.CaptureFixture[str
     assert 36 <= sum(q.points for q in chosen) <= 40
 
 
+def test_sheets_are_marked_and_anothers_number_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names.txt").write_text("ada\nbob\neve\n")
+    options = ["--chapters", "1", "2", "3", "--points", "12", "--secret", "s"]
+    options += ["--class", str(tmp_path / "names.txt")]
+    exam.main([*options, "--sheets", str(tmp_path)])
+    asked = [(tmp_path / f"{name}.md").read_text() for name in ("ada", "bob")]
+    assert asked[0] != asked[1] and "<" not in asked[0].replace("< ", "")
+    every = [q for q in exam.bank("s|ada") if int(q.chapter[:2]) in (1, 2, 3)]
+    right = exam.paper([q for q in every if q.result is not None and q.numbers], 12)
+    lines = "".join(f"{i}, {q.result:.4g}\n" for i, q in enumerate(right, start=1))
+    for name in ("ada", "bob"):  # who copies from her
+        (tmp_path / f"{name}.csv").write_text(lines)
+    exam.main([*options, "--mark", str(tmp_path)])
+    ada, bob, eve = (row.split(",", 3) for row in capsys.readouterr().out.splitlines()[1:])
+    assert ada[1] == ada[2] and int(bob[1]) < int(bob[2]) and eve[1] == "0"
+    assert "is right for ada" in bob[3] and not ada[3] and not eve[3]
+
+
 # The leaderboard.
 
 

@@ -276,8 +276,38 @@ def test_equal_answers_are_found_under_other_names() -> None:
     assert shape_of(long) and shape_of(long) != shape_of(long.replace("+", "-"))
     report = Report("x", "s", (), (), (("1.1", shape_of(long)),))
     same = Report("y", "s", (), (), (("1.1", shape_of(long.replace("a", "q"))),))
-    assert alike([report, same]) == ["x and y: 1.1"]
+    assert alike([report, same]) == ["1.1: x, y"]
     assert alike([report, report]) == []
+
+
+def test_a_class_from_the_students_repository_to_the_marks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rightly, two with the same mistake, one not at all: as a lecturer would, in small."""
+    students, staff = editions.repositories(tmp_path, HERE.parent)
+    name = SOURCES[0].stem
+    issued = editions.read(students / "exercises" / "student" / name / f"{name}.ipynb")
+    right = {mark_of(c).get("grade_id"): c for c in editions.solutions(SOURCE)["cells"]}
+    wrong = "def gradients(W, b, x, y):\n    k = y - (W @ x + b).sigmoid()\n    return k * x, k"
+    for student, answer in {"ada": None, "bob": wrong, "eve": wrong, "kim": ""}.items():
+        copy = deepcopy(issued)
+        for cell in copy["cells"] if answer != "" else ():
+            place = mark_of(cell).get("grade_id")
+            if mark_of(cell).get("solution"):
+                mine = answer if place == "perceptron-gradients" else None
+                cell["source"] = mine or right[place]["source"]
+        _write(copy, tmp_path / "handed in" / student / name / f"{name}.ipynb")
+    files = ["--csv", str(tmp_path / "m.csv"), "--results", str(tmp_path / "results.json")]
+    options = ["--exercises", str(staff / "exercises"), "--jobs", "2", *files]
+    assert main([str(tmp_path / "handed in"), *options]) == PARTLY
+    said = capsys.readouterr().out
+    assert "hardest exercise: 1.1 Slopes by hand" in said
+    assert "commonest mistake: 1.1 label minus prediction, 2 times" in said
+    with (tmp_path / "m.csv").open(newline="") as file:
+        marks = [(row["student"], row["points"]) for row in csv.DictReader(file)]
+    assert marks == [("ada", "12"), ("bob", "10"), ("eve", "10"), ("kim", "0")]
+    tests = json.loads((tmp_path / "results.json").read_text())["tests"]
+    assert sum(test["score"] for test in tests) == 12 == sum(t["max_score"] for t in tests)
 
 
 def test_the_command_grades_a_folder_and_says_how_it_went(

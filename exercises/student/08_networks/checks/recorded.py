@@ -158,5 +158,6 @@ def _general(answer: Any, truth: Any, what: str, tolerance: float) -> None:
         refuse(f"{what} is not right.")
     elif isinstance(truth, float) and isinstance(answer, int | float | Tensor):
         compare(answer, torch.tensor(truth).double(), what, (), tolerance)
+    demand(not isinstance(truth, Tensor), f"{what} is not right; NaN is for what nothing tells.")
     shown = answer if isinstance(answer, bool | int | float | str) else type(answer).__name__
-    refuse(f"{what} is {shown!r}, which is not right." if not isinstance(truth, Tensor) else what)
+    refuse(f"{what} is {shown!r}, which is not right.")

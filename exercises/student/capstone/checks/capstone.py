@@ -55,7 +55,7 @@ def _evidence(seed: int) -> Iterator[Evidence]:
 
     def digits(count: int) -> Tensor:
         order = torch.randperm(1700, generator=g)[:count].tolist()
-        return torch.cat([gi.data.digit(i, dtype=DOUBLE) for i in order])
+        return gi.data.digits(order, dtype=DOUBLE)[0]
 
     def gradient(model: nn.Module, x: Tensor, **settings: Any) -> Sent:
         labels = torch.randperm(10, generator=g).repeat(4)[:len(x)]
