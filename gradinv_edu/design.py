@@ -22,11 +22,11 @@ __all__ = ["accuracy", "filter_bound", "most_likely_input", "train"]
 def filter_bound(
     channels: int, size: int, kernel: int, stride: int = 1, padding: int = 0, *, rate: float = 0.0
 ) -> int:
-    r""":math:`F P + F c f^2 - F^2 < n`: the most filters with which a first layer must lack rank.
+    r""":math:`C' P + C' C F^2 - C'^2 < n`: the most filters of a first layer that must lack rank.
 
-    A layer of :math:`F` filters, :math:`f \times f`, on :math:`c` channels gives :math:`F P`
-    weight constraints, :math:`P` its positions, and :math:`F c f^2` gradient constraints, among
-    which :math:`F^2` are dependent; :math:`n` is the number of pixels. A picture can be changed
+    A layer of :math:`C'` filters, :math:`F \times F`, on :math:`C` channels gives :math:`C' P`
+    weight constraints, :math:`P` its positions, and :math:`C' C F^2` gradient constraints, among
+    which :math:`C'^2` are dependent; :math:`n` is the number of pixels. A picture can be changed
     along what is missing and gives the same gradient in *every* layer. Implements
     :eq:`filter-bound`.
 
@@ -37,15 +37,15 @@ def filter_bound(
     kernel, stride, padding : int
         Of the convolution.
     rate : float
-        Of dropout right above it. On the mean a share :math:`1 - p` of the weight constraints
-        stays, so that with a rate the bound is one of the mean: a single mask may keep more
-        (:func:`~gradinv_edu.dropout.recovery_chance`). Of the dependences :math:`F` are left,
+        Of dropout right above it. On the mean a share :math:`1 - p_\text{drop}` of the weight
+        constraints stays, so that with a rate the bound is one of the mean: a mask may keep more
+        (:func:`~gradinv_edu.dropout.recovery_chance`). Of the dependences :math:`C'` are left,
         since the others need outputs that were dropped.
 
     Returns
     -------
     int
-        Largest :math:`F`, up to :math:`c f^2`, for which the count falls short of the pixels;
+        Largest :math:`C'`, up to :math:`C F^2`, for which the count falls short of the pixels;
         0 if even one filter's does not.
 
     Raises
@@ -77,11 +77,11 @@ def filter_bound(
 def most_likely_input(
     model: nn.Sequential, recovery: Recovery, loss: Loss, examples: Tensor
 ) -> Tensor:
-    r""":math:`\hat x = \bar x + C A^\top (A C A^\top)^+ (A x - A \bar x)`.
+    r""":math:`\hat x = \bar x + \Sigma A^\top (A \Sigma A^\top)^+ (A x - A \bar x)`.
 
     Where the first layer's equations :math:`A` leave directions open, a server with examples of
     the same kind takes the most likely input among those that fit: the examples' mean
-    :math:`\bar x` and covariance :math:`C` make a Gaussian, conditioned on the equations.
+    :math:`\bar x` and covariance :math:`\Sigma` make a Gaussian, conditioned on the equations.
     Implements :eq:`gaussian-prior`.
 
     Parameters

@@ -15,7 +15,7 @@ __all__ = ["classifier", "recovery_chance", "with_dropout"]
 
 @checked
 def with_dropout(model: nn.Sequential, rate: float) -> nn.Sequential:
-    r""":math:`a \leftarrow \tfrac{1}{1-p}\, m \odot a`, :math:`m_i \sim \text{Bernoulli}(1-p)`.
+    r""":math:`a \leftarrow M \odot a / (1 - p_\text{drop})`, :math:`M_i` one unless it is dropped.
 
     A copy of the model with a dropout layer between encoder and classifier, its last dense layer.
     Implements :eq:`dropout-layer`.
@@ -25,7 +25,7 @@ def with_dropout(model: nn.Sequential, rate: float) -> nn.Sequential:
     model : torch.nn.Sequential
         With a dense layer.
     rate : float
-        :math:`p`, the probability with which a unit is dropped in training mode, in [0, 1).
+        :math:`p_\text{drop}`, the probability with which training mode drops a unit, in [0, 1).
 
     Returns
     -------
@@ -83,20 +83,20 @@ def recovery_chance(
     filters: int, channels: int, size: int, kernel: int, rate: float, *,
     stride: int = 1, padding: int = 0,
 ) -> float:  # fmt: skip
-    r""":math:`\Pr[K \ge n - F c f^2 + F],\; K \sim \operatorname{Bin}(F P,\, 1 - p)`.
+    r""":math:`\Pr[|M| \ge n - C' C F^2 + C'],\; |M| \sim \text{Bin}(C' P, 1 - p_\text{drop})`.
 
-    The chance that a mask leaves enough features for one convolution below it: :math:`K` of its
-    :math:`F P` outputs are kept, its gradient gives :math:`F c f^2` equations, and :math:`F`
+    The chance that a mask leaves enough features for one convolution below it: :math:`|M|` of its
+    :math:`C' P` outputs are kept, its gradient gives :math:`C' C F^2` equations, and :math:`C'`
     depend on others. Implements :eq:`dropout-chance`.
 
     Parameters
     ----------
     filters, kernel, stride, padding : int
-        Of the convolution: :math:`F`, :math:`f` and the rest.
+        Of the convolution: :math:`C'`, :math:`F` and the rest.
     channels, size : int
-        Of the square picture: :math:`c`, and :math:`n = c \cdot \text{size}^2`.
+        Of the square picture: :math:`C`, and :math:`n = C \cdot \text{size}^2`.
     rate : float
-        :math:`p`, in (0, 1).
+        :math:`p_\text{drop}`, in (0, 1).
 
     Raises
     ------

@@ -371,7 +371,9 @@ class LeakAudit:
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        return self._keep(self._audit(context, start, told, reply, blank), message, reply)
+        began = time.monotonic()
+        report = self._audit(context, start, told, reply, blank)
+        return self._keep(replace(report, seconds=time.monotonic() - began), message, reply)
 
     def _keep(self, report: Report, message: Message, reply: Message | None = None) -> Message:
         """Log and store the report, and answer as it says."""

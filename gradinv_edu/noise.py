@@ -22,7 +22,7 @@ __all__ = ["add_noise", "clip", "each_gradient"]
 
 @checked
 def clip(update: Update, norm: float) -> Update:
-    r""":math:`g \leftarrow g \cdot \min(1,\, C / \lVert g \rVert)`, over all parameters together.
+    r""":math:`g \leftarrow g \cdot \min(1,\, g_{\max} / \lVert g \rVert)`, all parameters together.
 
     A rescaling by one number; a ratio of two entries does not see it. Implements :eq:`clipping`.
 
@@ -31,7 +31,7 @@ def clip(update: Update, norm: float) -> Update:
     update : Update
         What the client would send.
     norm : float
-        :math:`C`, the largest norm that leaves the client.
+        :math:`g_{\max}`, the largest norm that leaves the client.
 
     Raises
     ------

@@ -142,7 +142,7 @@ def match_gradients(
 ) -> Match:
     r""":math:`\hat x = \arg\min_{x'} \lVert g(x') - g \rVert^2 / \lVert g \rVert^2`, by descent.
 
-    Method ``"inverting_gradients"`` minimises :math:`1 - \cos(g(x'), g) + \alpha\,\mathrm{TV}(x')`
+    Method ``"inverting_gradients"`` minimises :math:`1 - \cos(g(x'), g) + \lambda\,\mathrm{TV}(x')`
     instead. Implements :eq:`gradient-matching` and :eq:`cosine-matching`.
 
     Parameters

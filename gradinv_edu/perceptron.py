@@ -125,10 +125,10 @@ def mixture(
 def noise_error(
     inputs: Float[Tensor, " n"], bias_gradient: Float[Tensor, ""], sigma: float
 ) -> float:
-    r""":math:`\frac{\tau}{|k|} \frac{\sqrt{n + |x|^2}}{|x|}`: relative error under noise.
+    r""":math:`\frac{\sigma}{|k|} \frac{\sqrt{n + |x|^2}}{|x|}`: relative error under noise.
 
     The typical error, to first order, if independent Gaussian noise was added to every entry of
-    the gradient, while :math:`\tau \ll |k|`. A ratio of Gaussians has no mean: compare medians.
+    the gradient, while :math:`\sigma \ll |k|`. A ratio of Gaussians has no mean: compare medians.
     Implements :eq:`noise-error`.
 
     Parameters
@@ -136,7 +136,7 @@ def noise_error(
     inputs, bias_gradient : Tensor, (n,) and ()
         The true :math:`x` and :math:`k = \partial L/\partial b`.
     sigma : float
-        Standard deviation :math:`\tau` of the noise, zero or positive.
+        Standard deviation :math:`\sigma` of the noise, zero or positive.
     """
     checks.number(sigma, "sigma", "zero or positive", lambda v: v >= 0)
     largest = float(checks.not_all_zero(inputs, "inputs").abs().max())

@@ -65,7 +65,7 @@ def dp_sgd(
     steps: int = 1,
     generator: torch.Generator | None = None,
 ) -> PrivateUpdate:
-    r""":math:`\tfrac1N (\sum_i g_i \min(1, C/\lVert g_i\rVert) + \mathcal N(0, \sigma^2 C^2))`.
+    r""":math:`\tfrac1N (\sum_i g_i \min(1, g_{\max}/|g_i|) + \mathcal N(0, \sigma^2 g_{\max}^2))`.
 
     One round of DP-SGD by Opacus's own engine, on a copy of the model. Implements :eq:`dp-sgd`.
 
@@ -76,7 +76,7 @@ def dp_sgd(
     inputs, targets : Tensor, (N, …)
         The batch.
     noise_multiplier, norm : float
-        :math:`\sigma`, in units of :math:`C`, and the clipping norm :math:`C` of one sample.
+        :math:`\sigma`, in units of the second: the clipping norm :math:`g_{\max}` of one sample.
     delta : float
         :math:`\delta` for which :math:`\varepsilon` is stated.
     dataset_size : int, optional
@@ -155,9 +155,9 @@ def privacy_spent(
 
 
 def gaussian_delta(sigma: float, epsilon: float, sensitivity: float = 1.0) -> float:
-    r""":math:`\delta = \Phi(\tfrac1{2s} - \varepsilon s) - e^\varepsilon \Phi(-\tfrac1{2s} - \varepsilon s)`.
+    r""":math:`\delta = \Phi(\tfrac1{2c} - \varepsilon c) - e^\varepsilon \Phi(-\tfrac1{2c} - \varepsilon c)`.
 
-    :math:`s = \sigma/\Delta`: the smallest :math:`\delta` with which one answer under Gaussian
+    :math:`c = \sigma/\Delta`: the smallest :math:`\delta` with which one answer under Gaussian
     noise is :math:`(\varepsilon, \delta)`-private, for every :math:`\varepsilon > 0`. Implements
     :eq:`gaussian-mechanism`.
 

@@ -1,6 +1,6 @@
 r"""Transformers: a position embedding is a bias for each token, a word one more patch.
 
-``∂L/∂pos = K`` and ``∂L/∂E = Kᵀ X`` give the patches (:func:`recover_patches`); with one-hot
+``∂L/∂pos = k`` and ``∂L/∂E = kᵀ X`` give the patches (:func:`recover_patches`); with one-hot
 ``X`` the words. Without them, what entered a block lies in the span of its gradients
 (:func:`recover_tokens`), and adapters show the same span a few rows a round
 (:func:`adapter_capacity`).
@@ -51,23 +51,23 @@ def recover_patches(
     *,
     cut: float | None = None,
 ) -> Float[Tensor, " T n"]:
-    r""":math:`K^\top X = \partial L/\partial E`, so :math:`X = (K^\top)^+\,\partial L/\partial E`.
+    r""":math:`k^\top X = \partial L/\partial E`, so :math:`X = (k^\top)^+\,\partial L/\partial E`.
 
     A learned position is added to its token as a bias is to a neuron, so its gradient is the
-    token's own: :math:`K = \partial L/\partial\text{pos}`. Nothing above the embedding matters.
-    A LayerNorm there makes every row of ``K`` sum to zero: exact for :math:`T \le D - 1`.
+    token's own: :math:`k = \partial L/\partial\text{pos}`. Nothing above the embedding matters.
+    A LayerNorm there makes every row of ``k`` sum to zero: exact for :math:`T \le D - 1`.
     With :math:`\partial L/\partial E` of words, turned, in place of patches: one-hot rows.
     Implements :eq:`position-bias`.
 
     Parameters
     ----------
     position_gradient : Tensor
-        ``K``, ``(T, D)``, of one sample or several steps on it; class and register tokens left
+        ``k``, ``(T, D)``, of one sample or several steps on it; class and register tokens left
         out.
     patch_gradient : Tensor
         ``∂L/∂E``, ``(D, n)``, of the patch embedding.
     cut : float, optional
-        Leave out singular values of ``K`` below this share of the largest, for noisy or half
+        Leave out singular values of ``k`` below this share of the largest, for noisy or half
         precision gradients; the answer is then of least norm, and nothing is refused.
 
     Returns
@@ -78,10 +78,10 @@ def recover_patches(
     Raises
     ------
     InvalidTensorError, VanishingGradientError
-        If shapes do not belong together, an entry is not finite, or ``K`` is zero: the head's
+        If shapes do not belong together, an entry is not finite, or ``k`` is zero: the head's
         weights may be, as in many a fresh vision transformer.
     CapacityError
-        If ``K`` has not full row rank: more patches than dimensions tell apart.
+        If ``k`` has not full row rank: more patches than dimensions tell apart.
 
     Notes
     -----
@@ -171,7 +171,7 @@ def patches_in_span(
 def untied(
     embedding_gradient: Float[Tensor, " V D"], position_gradient: Float[Tensor, " T D"]
 ) -> tuple[Tensor, Tensor]:
-    r""":math:`\partial L/\partial E = \Pi^\top K + (P - Y)^\top H`, less the second term.
+    r""":math:`\partial L/\partial E = \Pi^\top k + (p - y)^\top H`, less the second term.
 
     Where the head is the embedding, its gradient comes on top. Rows of words that were not
     written hold nothing else, so the quieter half of the rows spans ``H``: what is orthogonal to

@@ -56,7 +56,7 @@ def test_an_attacker_reads_a_digit_and_leaves_everything_alone(name: str) -> Non
 SURE = [name for name, attacker in ATTACKERS.items() if attacker.promises]
 
 
-@pytest.mark.parametrize("net", ["dense", "lenet"])
+@pytest.mark.parametrize("net", ["dense", "lenet", "vit"])
 @pytest.mark.parametrize("defense", defenses.DEFENSES)
 def test_who_is_sure_is_right(defense: str, net: str) -> None:
     try:
@@ -71,6 +71,15 @@ def test_who_is_sure_is_right(defense: str, net: str) -> None:
         if answer.exact:
             victims = X[: given.update.samples].double()
             assert metrics.psnr(scoreboard.matched(answer.inputs, victims), victims) > 40, name
+
+
+@pytest.mark.parametrize("defense", ["random 10 %", "Soteria, 20 % kept"])
+def test_a_block_that_sent_nothing_whole_is_no_crash(defense: str) -> None:
+    try:
+        answer = attackers.get("aware algebra")(received(defense, "resnet"))
+    except GradientInversionError:
+        return
+    assert not answer.exact
 
 
 @pytest.mark.parametrize("name", ATTACKERS)

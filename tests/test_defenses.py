@@ -13,6 +13,7 @@ from gradinv_edu.engine import defenses
 from gradinv_edu.engine.defenses import DEFENSES, Defense
 from gradinv_edu.errors import (
     DoesNotApplyError,
+    GradientInversionError,
     InvalidArgumentError,
     InvalidTensorError,
     UnknownNameError,
@@ -59,6 +60,8 @@ def test_laws(defense: Defense) -> None:
     assert model(X[:2]).shape == (2, 10)
     with pytest.raises(InvalidTensorError, match="NaN"):
         sent(defense, model, X * math.nan)
+    with pytest.raises(GradientInversionError):
+        sent(defense, model, torch.cat([X, X], dim=1))
 
 
 def test_the_table_and_what_does_not_apply() -> None:
@@ -68,5 +71,7 @@ def test_the_table_and_what_does_not_apply() -> None:
     with pytest.raises(InvalidArgumentError, match="a defense 'sign' already"):
         defenses.register(DEFENSES["sign"])
     dense = scoreboard.NETS["dense"].make(SHAPE, seeded(0))
-    with pytest.raises(DoesNotApplyError, match="tells every pixel"):
-        defenses.get("rank far below").build(dense, SHAPE, seeded(0))
+    block = models.norm_resnet(SHAPE, width=8)
+    for network, reason in ((dense, "tells every pixel"), (block, "inside a block")):
+        with pytest.raises(DoesNotApplyError, match=reason):
+            defenses.get("rank far below").build(network, SHAPE, seeded(0))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 from pybtex.database import parse_file
 
 BOOK = Path(__file__).parents[1] / "book"
@@ -52,6 +55,25 @@ def test_pictures_are_kept_and_their_titles_can_be_read_in_both_modes() -> None:
     assert (cleared[60:180, 100:220, 3] == 255).all() and not cleared[0, :, 3].any()
     for ground in (253, 21):
         assert np.abs(_on(ground, cleared)[25, 122] - ground).min() > 60
+
+
+@pytest.mark.parametrize("chart", [True, False])
+def test_the_frame_of_a_slider_loses_its_paper_once(chart: bool) -> None:
+    drawn = _paper()
+    if chart:
+        drawn[98:102, 20:280] = (23, 104, 122)
+    else:
+        drawn[60:180, 100:220] = 90
+    stream = io.BytesIO()
+    Image.fromarray(drawn).save(stream, "WEBP", quality=82)
+    source = f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    page = figures.FRAME.sub(figures.clear_frame, f'"{source}"')
+    found = figures.FRAME.search(page)
+    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+        alpha = np.asarray(image)[..., 3]
+    assert not alpha[:40].any() and alpha[100, 150] > 200
+    assert page.endswith('#chart"') is chart
+    assert figures.FRAME.sub(figures.clear_frame, page) == page
 
 
 def test_references_are_in_the_order_of_time() -> None:

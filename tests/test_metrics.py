@@ -93,6 +93,12 @@ def test_a_rate_counts_and_reads_well() -> None:
     rate = metrics.success_rate(i < 57 for i in range(60))
     assert (rate.successes, rate.trials, rate.rate) == (57, 60, 0.95)
     assert str(rate) == "57/60 = 95% (86% to 98%)"
+    # pictures of one network are not independent: as many as in three trials, not in sixty
+    grouped = metrics.clustered_rate([[True] * 20, [True] * 20, [True] * 17 + [False] * 3])
+    assert (grouped.successes, grouped.trials) == (57, 60)
+    assert grouped.low < metrics.wilson_interval(2, 3)[1] and grouped.low < 0.5 < rate.low
+    alone = metrics.clustered_rate([[True]] * 9)
+    assert alone == metrics.success_rate([True] * 9)
 
 
 A = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -15,12 +15,12 @@ from gradinv_edu.kit import models
 Net = Callable[..., nn.Sequential]
 PICTURES: list[Net] = [
     models.cnn6, models.cnn6_d, models.lenet, models.lenet_dlg,
-    models.wide_cnn, models.photo_cnn, models.resnet,
+    models.wide_cnn, models.photo_cnn, models.resnet, models.norm_resnet,
 ]  # fmt: skip
 NETS: dict[str, Net] = {
     "perceptron": lambda **k: models.perceptron(3072, **k),
     "mlp": lambda **k: models.mlp((3072, 20, 10), **k),
-    **{net.__name__: lambda net=net, **k: net((3, 32, 32), **k) for net in PICTURES},
+    **{n.__name__: lambda n=n, **k: n((3, 32, 32), **k) for n in (*PICTURES, models.vit)},
 }
 
 
@@ -30,7 +30,8 @@ def test_weights_come_from_the_generator_alone_and_are_rounded(net: Net) -> None
     other = net(generator=torch.Generator().manual_seed(1))
     nets = (first, again, other, fine, net(dtype=torch.float16), net(dtype=torch.bfloat16))
     for a, b, c, d, half, brain in zip(*(m.parameters() for m in nets), strict=True):
-        assert torch.equal(a, b) and not torch.equal(a, c) and a.requires_grad
+        norm = a.dim() == 1 and len(a.unique()) == 1  # of ones or zeros
+        assert torch.equal(a, b) and (norm or not torch.equal(a, c)) and a.requires_grad
         assert (a.dtype, d.dtype) == (torch.float32, torch.float64)
         assert torch.equal(a, d.float())
         assert torch.equal(half, d.half()) and torch.equal(brain, d.bfloat16())
@@ -100,6 +101,9 @@ def test_every_activation_is_used(activation: str) -> None:
         ("dropout must be a probability", lambda: models.wide_cnn(dropout=1.0)),
         ("number of outputs must be a whole number", lambda: models.cnn6(outputs=0)),
         ("width must be a whole number", lambda: models.resnet(width=1.5)),
+        ("width must be a whole number", lambda: models.norm_resnet(width=0)),
+        ("must be a multiple of 4", lambda: models.vit((1, 30, 30))),
+        ("depth must be a whole number", lambda: models.vit(depth=0)),
     ],
 )
 def test_impossible_networks_are_refused(message: str, build: Callable[[], object]) -> None:

@@ -272,6 +272,72 @@ def test_the_first_round_of_lora_says_so() -> None:
         tokens.recover_tokens(net, observed(net, language.sentences(corpus(), 1, 6)))
 
 
+class Bottleneck(nn.Module):
+    """An adapter with a bias, beside the attention of a block."""
+
+    def __init__(self, attention: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.attention, self.down, self.up = attention, nn.Linear(64, rank), nn.Linear(rank, 64)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.attention(u) + self.up(self.down(u).relu())
+
+
+@pytest.mark.parametrize(("length", "rank", "read"), [(1, 8, True), (8, 8, True), (9, 8, False)])
+def test_a_bottleneck_with_a_bias_shows_its_rank_in_the_first_round(
+    length: int, rank: int, read: bool
+) -> None:
+    net, piece = NETS["gpt"]().double(), language.sentences(corpus(), 1, length)
+    net.requires_grad_(False)
+    net.h[0].attn = Bottleneck(net.h[0].attn, rank).double()
+    update = observed(net, piece)
+    here = tokens.Layout("wte", "wpe", "h.{}", ("attn.down",))
+    try:
+        found = tokens.recover_tokens(net, update, layout=here, length=length)
+        assert torch.equal(found.ids, piece[0, :-1]) == read
+    except NotRecoveredError:
+        assert not read
+    if length == 1:  # one word: every unit that fired has it in its ratio
+        W, b = (update.gradients[f"h.0.attn.down.{p}"] for p in ("weight", "bias"))
+        u = net.h[0].ln_1(net.wte.weight[piece[0, 0]] + net.wpe.weight[0])
+        ratio = gi.fully_connected.recover_input(W, b)
+        assert gi.metrics.relative_error(ratio, u.detach()) < 1e-9
+
+
+def test_gpt2_of_transformers_and_lora_of_peft_are_read_as_they_are() -> None:
+    from benchmarks.tokens import Logits
+
+    transformers, peft = (pytest.importorskip(name) for name in ("transformers", "peft"))
+    sizes = {"vocab_size": WORDS, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    (piece,) = language.sentences(corpus(), 1, 8)
+    for without in ((), ("wte", "wpe")):
+        found = tokens.recover_tokens(Logits(net), observed(Logits(net), piece[None], without))
+        assert found.exact and torch.equal(found.ids, piece[:-1])
+    settings = {"r": 8, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    adapted = Logits(peft.get_peft_model(net, peft.LoraConfig(**settings))).eval()
+    with pytest.raises(VanishingGradientError, match="begin with B = 0"):
+        tokens.recover_tokens(adapted, observed(adapted, piece[None]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.02)
+    found = tokens.recover_tokens(adapted, observed(adapted, piece[None]), length=8)
+    assert found.exact and torch.equal(found.ids, piece[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "full"), [("vit_small_patch32_224", 1), ("vit_tiny_patch16_224", 0)]
+)
+def test_timms_vision_transformers_give_their_pictures_away(name: str, full: bool) -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model(name, num_classes=10).eval()
+    nn.init.normal_(net.head.weight, std=0.02)  # 196 patches in a width of 192 are too many
+    photo = gi.data.photo("astronaut", size=224)
+    found = gi.recover(net, gi.observe(net, LOSS, photo, LABEL), (3, 224, 224), LOSS)
+    assert found.exact == bool(full)
+    assert gi.metrics.psnr(found.inputs, photo.double()) > (80 if full else 35)
+
+
 # --- a federation ---------------------------------------------------------------------------------
 
 

@@ -130,9 +130,9 @@ def bias_walk() -> Drawing:
         drawing.box(112, y, 122, name, "known" if found else "plain")
         drawing.text(246, y + 22, f"k_{{{layer}}}", "found")
         drawing.text(98, y + 22, "x" if layer == 1 else f"x_{{{layer}}}", "found", "end")
-    drawing.arrow(173, 152, 173, 90, "known").text(180, 126, "σ(W_{2}x_{2} + b_{2})", "known")
+    drawing.arrow(173, 152, 173, 90, "known").text(180, 126, "φ(W_{2}x_{2} + b_{2})", "known")
     drawing.arrow(173, 50, 173, 22, "known").text(180, 34, "z_{3}, and so the target", "known")
-    drawing.arrow(256, 188, 256, 264, "found").text(264, 228, "W_{2}^{⊤}, σ′", "found")
+    drawing.arrow(256, 188, 256, 264, "found").text(264, 228, "W_{2}^{⊤}, φ′", "found")
     drawing.arrow(110, 292, 60, 316, "found").text(
         12, 340, "x = G_{1}^{⊤}k_{1} / |k_{1}|^{2}", "found"
     )
@@ -157,7 +157,7 @@ def weight_meets_pixels() -> Drawing:
     drawing.text(12, 168, "16 pixels met by w_{1}", "quiet")
     for i, j in ((0, 0), (1, 2), (3, 3)):
         drawing.frame(190 + 36 * j, 16 + 36 * i, 72, 72, "known")
-    drawing.text(12, 226, "∂L/∂w_{1} = k(p_{1}) x(p_{1}) + k(p_{2}) x(p_{2}) + …", "found")
+    drawing.text(12, 226, "∂L/∂w_{1} = k(ℓ_{1}) x(ℓ_{1}) + k(ℓ_{2}) x(ℓ_{2}) + …", "found")
     return drawing.text(12, 254, "One number, for sixteen products.", "plain")
 
 
@@ -180,6 +180,6 @@ def two_rows() -> Drawing:
     drawing.text(14, 24, "one weight row", "known").cells(14, 36, weight, "known", side=40)
     drawing.text(206, 24, "one gradient row", "found").cells(206, 36, gradient, "found", side=40)
     drawing.text(14, 220, "3x_{11} − 2x_{12} + x_{21} + 2x_{22}", "known")
-    drawing.text(14, 244, "= one output z(p)", "known")
+    drawing.text(14, 244, "= one output z(ℓ)", "known")
     drawing.text(206, 220, "2x_{00} + x_{01} − x_{02} + …", "found")
-    return drawing.text(206, 244, "= one gradient G(u)", "found")
+    return drawing.text(206, 244, "= one gradient G(t)", "found")

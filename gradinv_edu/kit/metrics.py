@@ -16,7 +16,15 @@ from torch import Tensor
 from .. import checks
 from ..errors import InvalidArgumentError, InvalidTensorError
 
-__all__ = ["Rate", "psnr", "relative_error", "ssim", "success_rate", "wilson_interval"]
+__all__ = [
+    "Rate",
+    "clustered_rate",
+    "psnr",
+    "relative_error",
+    "ssim",
+    "success_rate",
+    "wilson_interval",
+]
 
 # Wang et al. (2004): a Gaussian window of 11 pixels with standard deviation 1.5
 _WINDOW, _SIGMA = 11, 1.5
@@ -117,7 +125,21 @@ def success_rate(outcomes: Iterable[bool], confidence: float = 0.95) -> Rate:
     return Rate(successes, len(counted), *wilson_interval(successes, len(counted), confidence))
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def clustered_rate(groups: Iterable[Iterable[bool]], confidence: float = 0.95) -> Rate:
+    """Count successes of trials that share a network, at the interval of so many networks.
+
+    What is easy in one network may be easy for all its pictures, so that Wilson's interval takes
+    the share of all trials and the number of *groups*: wide, and never too narrow.
+    """
+    counted = [[bool(outcome) for outcome in group] for group in groups]
+    successes, trials = sum(map(sum, counted)), sum(map(len, counted))
+    ends = wilson_interval(successes, trials, confidence, len(counted))
+    return Rate(successes, trials, *ends)
+
+
+def wilson_interval(
+    successes: int, trials: int, confidence: float = 0.95, independent: int | None = None
+) -> tuple[float, float]:
     r""":math:`\frac{1}{1 + q^2/n}\bigl(\hat p + \tfrac{q^2}{2n} \pm q\sqrt{\tfrac{\hat p(1-\hat p)}{n} + \tfrac{q^2}{4n^2}}\bigr)`.
 
     All rates that would not make this count improbable, with the normal quantile :math:`q` at
@@ -130,20 +152,25 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
         :math:`\hat p n` and :math:`n`.
     confidence : float
         Between 0 and 1.
+    independent : int, optional
+        Of the trials, in place of :math:`n`; ``None``: all.
 
     Notes
     -----
     Source: Wilson (1927).
     """  # noqa: E501
-    from scipy.stats import binomtest
+    from scipy.stats import norm
 
     if trials < 1 or not 0 <= successes <= trials:
         raise InvalidArgumentError(
             f"{successes} successes of {trials} trials cannot be: give 0 to trials, of 1 or more."
         )
     checks.number(confidence, "confidence", "between 0 and 1", lambda c: 0 < c < 1)
-    interval = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    p, n = successes / trials, trials if independent is None else independent
+    q = float(norm.ppf((1 + confidence) / 2))
+    middle, reach = p + q * q / (2 * n), q * math.sqrt(p * (1 - p) / n + (q / (2 * n)) ** 2)
+    low, high = ((middle + side * reach) / (1 + q * q / n) for side in (-1, 1))
+    return max(min(low, p), 0.0), min(max(high, p), 1.0)  # rounding apart
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

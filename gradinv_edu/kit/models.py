@@ -34,9 +34,11 @@ __all__ = [
     "lenet",
     "lenet_dlg",
     "mlp",
+    "norm_resnet",
     "perceptron",
     "photo_cnn",
     "resnet",
+    "vit",
     "wide_cnn",
 ]
 
@@ -185,7 +187,7 @@ def photo_cnn(
 
 
 class ResidualBlock(nn.Module):
-    r""":math:`x \mapsto g(x) + W_2\,\sigma(W_1 x)`: two 3×3 convolutions and a shortcut.
+    r""":math:`x \mapsto W_s x + W_2\,\phi(W_1 x)`: two 3×3 convolutions and a shortcut.
 
     The first convolution has the ``stride``. The shortcut is the identity where neither size nor
     channels change, else a 1×1 convolution of the same stride.
@@ -233,6 +235,111 @@ def resnet(
     ):
         layers += [block, _activation(activation)]
     return _drawn(_classifier(layers, input_shape, outputs, bias), **weights)
+
+
+class NormedBlock(nn.Module):
+    r""":math:`x \mapsto x + N(W_2\,\sigma(N(W_1 x)))`: a residual block with group norms."""
+
+    def __init__(self, filters: int, groups: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Conv2d(filters, filters, 3, padding=1, device="meta") for _ in range(2)
+        )
+        self.norm, self.last_norm = (nn.GroupNorm(groups, filters, device="meta") for _ in range(2))
+        self.act = nn.LeakyReLU(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of both ways."""
+        total: Tensor = x + self.last_norm(self.second(self.act(self.norm(self.first(x)))))
+        return total
+
+
+def norm_resnet(
+    input_shape: Shape = (3, 32, 32), outputs: int = 10, width: int = 16, **weights: Unpack[Weights]
+) -> nn.Sequential:
+    """A 4×4 convolution of stride 2, a residual block of the same width, and a dense layer.
+
+    Each of the three convolutions has ``width`` filters, a bias and a group norm of its own.
+    The convolution at place 0, the block at 3, the dense layer at 6. Source: Wu and He (2018).
+    """
+    checks.whole(width, "width")
+    groups = math.gcd(width, 4)
+    conv, act = _convolutions(input_shape, [(width, 4, 2, 1)], "leaky_relu", True)
+    norm = nn.GroupNorm(groups, width, device="meta")
+    layers = [conv, norm, act, NormedBlock(width, groups), nn.LeakyReLU(0.2)]
+    return _drawn(_classifier(layers, input_shape, outputs, True), **weights)
+
+
+class Patches(nn.Module):
+    """Tokens of a picture: a convolution without overlap, and a learned position for each."""
+
+    def __init__(self, input_shape: Shape, size: int, width: int) -> None:
+        super().__init__()
+        channels, height, across = input_shape
+        self.conv = nn.Conv2d(channels, width, size, size, device="meta")
+        tokens = (height // size) * (across // size)
+        self.positions = nn.Parameter(torch.empty(tokens, width, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, tokens, width)."""
+        tokens: Tensor = self.conv(x).flatten(2).mT + self.positions
+        return tokens
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a dense part, each behind a layer norm and beside the identity."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.last_norm = (nn.LayerNorm(width, device="meta") for _ in range(2))
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(width, width, device="meta") for _ in range(4)
+        )
+        self.up = nn.Linear(width, 2 * width, device="meta")
+        self.act, self.down = nn.GELU(), nn.Linear(2 * width, width, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, width) to the same."""
+        h = self.norm(x)
+        q, k, v = (
+            part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        total: Tensor = x + self.down(self.act(self.up(self.last_norm(x))))
+        return total
+
+
+class MeanToken(nn.Module):
+    """The mean over all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, width) to (N, width)."""
+        return x.mean(dim=1)
+
+
+def vit(
+    input_shape: Shape = (3, 32, 32),
+    outputs: int = 10,
+    width: int = 64,
+    depth: int = 2,
+    **weights: Unpack[Weights],
+) -> nn.Sequential:
+    """A vision transformer: 16 patches, ``depth`` blocks of four heads, their mean, a dense layer.
+
+    The patches with their positions at place 0, the dense layer last. Sides of the picture and
+    the width are multiples of four. Source: Dosovitskiy et al. (2021).
+    """
+    for size in (*input_shape[1:], width):
+        wanted = "a multiple of 4, as sides of a picture and width must be"
+        checks.number(size, "size", wanted, lambda s: s > 0 and s % 4 == 0)
+    checks.whole(depth, "depth")
+    patches = Patches(input_shape, input_shape[1] // 4, width)
+    blocks = [TransformerBlock(width, 4) for _ in range(depth)]
+    norm, head = (nn.LayerNorm(width, device="meta"), nn.Linear(width, outputs, device="meta"))
+    return _drawn(nn.Sequential(patches, *blocks, norm, MeanToken(), head), **weights)
 
 
 def _lenet(
@@ -307,8 +414,12 @@ def _drawn(
     source = generator or torch.Generator().manual_seed(0)
     net = net.to(dtype).to_empty(device=device or "cpu")
     for layer in net.modules():
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            layer.reset_parameters()  # ones and zeros
+            continue
         for parameter in layer.parameters(recurse=False):
-            limit = bound or 1 / math.sqrt(layer.weight[0].numel())  # type: ignore[index]
+            weight = getattr(layer, "weight", parameter)
+            limit = bound or 1 / math.sqrt(weight[0].numel())
             values = torch.empty(parameter.shape, dtype=torch.float64, device=source.device)
             values.uniform_(-limit, limit, generator=source)
             with torch.no_grad():

@@ -107,11 +107,11 @@ def compare(
 def gallery(
     pictures: Pictures, titles: Sequence[str] | None = None, columns: int | None = None
 ) -> Figure:
-    """Show pictures in a grid of at most ``columns`` (six), each under its own title."""
+    """Show pictures in a grid of at most ``columns`` (three), each under its own title."""
     shown = _pictures(pictures, "pictures")
     if titles is not None and len(titles) != len(shown):
         raise InvalidArgumentError(f"{len(shown)} pictures need as many titles, got {len(titles)}.")
-    columns = 6 if columns is None else checks.whole(columns, "columns")
+    columns = 3 if columns is None else checks.whole(columns, "columns")
     return _grid(shown, list(titles or []), min(columns, len(shown)))
 
 
@@ -186,15 +186,16 @@ def _grid(pictures: Sequence[Pixels], titles: Sequence[str], columns: int) -> Fi
     rows = math.ceil(len(pictures) / columns)
     aspect = max(p.shape[0] / p.shape[1] for p in pictures)
     titled = math.ceil(len(titles) / columns)
+    side = min(_PANEL, 3 * _PANEL / columns)  # no wider than three: a phone shows it
     with style():
-        size = (_PANEL * columns, _PANEL * aspect * rows + 0.3 * titled)
+        size = (side * columns, side * aspect * rows + 0.3 * titled)
         figure, axes = plt.subplots(
             rows, columns, figsize=size, squeeze=False, layout="constrained"
         )
         for place, cell in enumerate(axes.flat):
             _panel(cell, pictures[place] if place < len(pictures) else None)
             if place < len(titles):
-                cell.set_title(titles[place])
+                cell.set_title(titles[place], fontsize=_LETTERS if columns < 4 else 9)
     return figure
 
 

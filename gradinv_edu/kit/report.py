@@ -124,7 +124,7 @@ def _remarks(audit: Audit) -> list[str]:
         rank = f"{audit.network.rank} of {audit.network.unknowns}"
         lines.append(f"whole network: the Jacobian has rank {rank} ({kind})")
     told = [] if audit.exact else [audit.reason]
-    return [*lines, *told, f"exact: {audit.exact}"]
+    return [*lines, *told, f"exact: {'yes' if audit.exact else 'no'}"]
 
 
 def _grouped(stops: Sequence[Stop]) -> list[str]:

@@ -197,9 +197,9 @@ def ladder() -> Drawing:
         if rung > 1:
             below = rung - 1
             drawing.arrow(231, y + 36, 231, y + 72, "plain")
-            drawing.text(238, y + 60, "σ^{−1}").box(196, y + 74, 70, f"z_{{{below}}}", "found")
+            drawing.text(238, y + 60, "φ^{−1}").box(196, y + 74, 70, f"z_{{{below}}}", "found")
             drawing.arrow(316, y + 36, 316, y + 72, "plain")
-            drawing.text(323, y + 60, f"W_{{{rung}}}^{{⊤}}, σ′")
+            drawing.text(323, y + 60, f"W_{{{rung}}}^{{⊤}}, φ′")
             drawing.box(281, y + 74, 70, f"k_{{{below}}}", "found")
             drawing.arrow(194, y + 91, 100, y + 128, "plain", dashed=True)
     drawing.text(10, 62 + 66, "solve W x = z,", "quiet").text(10, 62 + 84, "K x = ∂L/∂W", "quiet")
@@ -213,27 +213,27 @@ def two_layers_as_one() -> Drawing:
     drawing = Drawing(
         250,
         "Two layers. The upper one has too few equations: its input is a least-norm answer and an "
-        "unknown part N c. The lower one has more outputs than the picture has pixels. Both are "
+        "unknown part B c. The lower one has more outputs than the picture has pixels. Both are "
         "joined by a bracket to one system for the picture x and the coefficients c.",
     )
     drawing.box(10, 14, 150, "layer 2: W_{2}, k_{2}", "known")
     drawing.text(176, 28, "too few equations:", "quiet").text(
-        176, 46, "x_{2} = x_{min} + N c", "found"
+        176, 46, "x_{2} = x_{min} + B c", "found"
     )
-    drawing.arrow(85, 50, 85, 82).text(94, 71, "σ^{−1}")
+    drawing.arrow(85, 50, 85, 82).text(94, 71, "φ^{−1}")
     drawing.box(10, 84, 150, "z_{1} = W_{1} x + b_{1}", "plain")
     drawing.text(176, 98, "more outputs than pixels:", "quiet")
     drawing.text(176, 116, "z_{1} is not free", "plain")
     drawing.arrow(85, 120, 85, 152).box(10, 154, 150, "picture x", "found")
     drawing.text(10, 214, "one system for x and c:", "quiet")
-    return drawing.text(10, 236, "σ(W_{1} x + b_{1}) = x_{min} + N c", "found")
+    return drawing.text(10, 236, "φ(W_{1} x + b_{1}) = x_{min} + B c", "found")
 
 
 def rows_as_points() -> Drawing:
-    """Draw a batch of two: rows of L as points, and a line that many of them lie on."""
+    """Draw a batch of two: rows of U as points, and a line that many of them lie on."""
     drawing = Drawing(
         330,
-        "Rows of L as points in a plane. Four points lie on a line through the origin: these rows "
+        "Rows of U as points in a plane. Four points lie on a line through the origin: these rows "
         "are zero for sample 1, and the arrow q stands at a right angle to the line. Three others "
         "lie on a second line: these rows are zero for sample 2. The remaining five points, rows "
         "that both samples excite, lie on no common line. A dotted line through one of them alone "
@@ -253,8 +253,8 @@ def rows_as_points() -> Drawing:
     drawing.text(258, 78, "zero for sample 1", "known")
     drawing.text(196, 22, "zero for sample 2", "found")
     drawing.text(372, 222, "one row alone: chance", "quiet", "end")
-    drawing.text(10, 300, "A point is a row l_{j} of L.", "quiet")
-    return drawing.text(10, 320, "It lies on the line where l_{j} · q = 0.", "quiet")
+    drawing.text(10, 300, "A point is a row u_{j} of U.", "quiet")
+    return drawing.text(10, 320, "It lies on the line where u_{j} · q = 0.", "quiet")
 
 
 def shared_equations() -> Drawing:
@@ -286,8 +286,8 @@ def noise_floor() -> Drawing:
     """Draw what noise on the gradient leaves uncertain: an ellipse around the picture."""
     drawing = Drawing(
         270,
-        "An ellipse around the true picture x. Its short axis has length sigma over s1, along the "
-        "direction that the gradient tells best; its long axis sigma over sn, along the direction "
+        "An ellipse around the true picture x. Its short axis has length sigma over d1, along the "
+        "direction that the gradient tells best; its long axis sigma over dn, along the direction "
         "that it tells worst. An unbiased attacker's answers scatter at least as widely as "
         "the ellipse. A grey band across its middle is what prior knowledge adds. It cuts ends.",
     )
@@ -297,15 +297,15 @@ def noise_floor() -> Drawing:
         f'<ellipse cx="190" cy="115" rx="160" ry="46" fill="none" stroke="{_colour("known")}" '
         'stroke-width="1.8"/>'
     )
-    drawing.arrow(190, 115, 190, 71, "known").text(197, 96, "σ / s_{1}", "known")
-    drawing.arrow(190, 115, 348, 115, "known").text(286, 108, "σ / s_{n}", "known")
+    drawing.arrow(190, 115, 190, 71, "known").text(197, 96, "σ / d_{1}", "known")
+    drawing.arrow(190, 115, 348, 115, "known").text(286, 108, "σ / d_{n}", "known")
     drawing.dot(190, 115, "found")
     drawing.text(182, 134, "x", "found", "end")
     for dx, dy in ((-140, -8), (-95, 30), (-52, -39), (66, 36), (118, -25), (-20, 22), (40, -12)):
         drawing.dot(190 + dx, 115 + dy, "quiet", 3)
     drawing.text(190, 40, "with a prior", "quiet", "middle")
     drawing.text(10, 236, "grey dots: answers of unbiased attackers", "quiet")
-    return drawing.text(10, 258, "s: singular values of J = ∂g/∂x", "quiet")
+    return drawing.text(10, 258, "d: singular values of J = ∂g/∂x", "quiet")
 
 
 def trust_models() -> Drawing:
