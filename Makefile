@@ -2,6 +2,7 @@
 # make test   the environment, then everything that CI runs
 # make lab    the chapters in JupyterLab, to work in
 # make slides a deck of slides for each chapter, for a lecture
+# make lite   with PYODIDE=folder: a page of by-hand cells that runs in the browser
 # make bench  the measurements that book/benchmarks.ipynb draws
 
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ FOLDERS := gradinv_edu tests book $(wildcard exercises benchmarks)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: book test lab slides execute format bench clean lint html unit chapters
+.PHONY: book test lab slides lite execute format bench clean lint html unit chapters
 
 book: html
 	@echo
@@ -39,6 +40,10 @@ execute: $(READY)
 # A deck a chapter, in _build/slides; CHAPTERS=… for one.
 slides: $(READY)
 	$(BIN)/python book/slides.py $(CHAPTERS)
+
+# Needs what no package index has: a release of Pyodide, unpacked; book/lite.py says what is missing.
+lite: $(READY)
+	$(BIN)/python book/lite.py "$(PYODIDE)"
 
 format: $(READY)
 	$(BIN)/ruff format $(FOLDERS)
