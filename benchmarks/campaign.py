@@ -410,14 +410,14 @@ def sentences(seed: int) -> Case:
 
 def trusted(data: dict[str, Any]) -> Any:
     """Campaigns: cases, claims, wrong claims, and the rate that these leave possible."""
-    from scipy.stats import binomtest
+    from gradinv_edu.kit.metrics import wilson_interval
 
     rows = []
     for name, (claim, _, _) in CAMPAIGNS.items():
         parts = [cell for key, cell in cells(data, SECTION).items() if key.startswith(f"{name}/")]
         runs, claims = (sum(part[what] for part in parts) for what in ("runs", "claims"))
         wrong = sum(len(part["wrong"]) for part in parts)
-        high = binomtest(wrong, claims).proportion_ci(method="wilson").high if claims else 1.0
+        high = wilson_interval(wrong, claims)[1] if claims else 1.0
         rows.append([claim, f"{runs:,}", f"{claims:,}", str(wrong), f"{100 * high:.2g} %"])
     return table(["claim", "cases", "claims", "wrong", "rate below"], rows)
 

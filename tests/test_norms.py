@@ -10,14 +10,14 @@ from torch import Tensor, nn
 import gradinv_edu as gi
 from benchmarks.random_nets import LOSS, Shape, Verdicts, drawn, normed_net, verdicts
 from gradinv_edu import errors
-from gradinv_edu.engine import blind
+from gradinv_edu.engine import blind, edge_norms
 from gradinv_edu.engine.hidden import Hidden, constants
 from gradinv_edu.engine.hidden import fitted as factors
 from gradinv_edu.engine.layers import Undone, rule_of
 from gradinv_edu.engine.layers.norms import Norm
 from gradinv_edu.engine.layers.reshaping import Permute
 from gradinv_edu.engine.norm_system import NormSystem
-from gradinv_edu.engine.normalised import from_gradients, solve
+from gradinv_edu.engine.normalised import solve
 from gradinv_edu.engine.solve import Linearised
 
 NORMS = {
@@ -257,8 +257,9 @@ def test_a_way_of_a_residual_block_from_its_gradients_alone(bend: str) -> None:
     shape, rules = (16, 6, 6), [rule_of(layer) for layer in way]
     upper, lower = rules[4], rules[1]
     assert isinstance(upper, Norm) and isinstance(lower, Norm)
-    found = from_gradients(high, upper, k, shape, G["3.weight"], G["4.weight"], G["4.bias"])
-    assert found.solution.full_rank and not found.scaled
+    sent = G["3.weight"], G["4.weight"], G["4.bias"]
+    found = edge_norms.solve(high, upper, k, None, shape, sent, 0.0)
+    assert found is not None and found.solution.full_rank and not found.scaled
     assert gi.metrics.relative_error(found.output, way(x)) < 1e-11
     hidden = Hidden("4", found.factor)
 
@@ -334,9 +335,9 @@ def test_by_channel_answers_as_all_rows_do(norm: str) -> None:
     x, k = torch.rand(1, 6, 4, 4).double(), torch.randn(1, 24, 4, 4).double()
     module = rule.module
     module(conv(x)).backward(k)
-    grads = [p.grad for p in (conv.weight, module.weight, module.bias)]
-    one = from_gradients(conv, rule, k, (6, 4, 4), *grads)
-    assert one.solution.full_rank and one.solution.residual < 1e-12
+    grads = tuple(p.grad for p in (conv.weight, module.weight, module.bias))
+    one = edge_norms.solve(conv, rule, k, None, (6, 4, 4), grads, 0.0)
+    assert one is not None and one.solution.full_rank and one.solution.residual < 1e-12
     assert fitted(one.inputs, x) < 1e-12
     assert gi.metrics.relative_error(one.output, rule.forward(conv(x))) < 1e-12
 

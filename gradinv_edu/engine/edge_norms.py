@@ -64,11 +64,12 @@ def solve(
     else:
         return None
     system = NormSystem(module, norm, value, k, input_shape, G, known, means=means)
-    found = normalised.by_channel(system, noise)
-    if found is None and iterate and G.numel() <= LARGE:
+    if iterate and G.numel() <= LARGE:
         rounds = 1 if means is None else normalised.MORE
-        found = normalised.solve(system, noise=noise, rounds=rounds, channels=False)
-    if found is None:
+        found = normalised.solve(system, noise=noise, rounds=rounds)
+    elif (by_channel := normalised.by_channel(system, noise)) is not None:
+        found = by_channel
+    else:
         return None
     fits = found.solution.residual <= max(FITS, 1e3 * noise)
     return found if found.solution.full_rank and fits else None
@@ -154,8 +155,7 @@ def risen(
     """
     groups, (gain, _) = norm.groups(z.shape, z.device), norm.coefficients(z)
     m0, m1 = normalised.means(norm, z, scale_gradient, shift_gradient)
-    count = groups.sum(torch.ones_like(z))
-    centre = z - groups.spread(groups.sum(z) / count) if norm.centred else z
-    sigma = (groups.sum(centre.square()) / count + norm.eps).sqrt()
+    _, centre, variance = groups.moments(z, norm.centred)
+    sigma = (variance + norm.eps).sqrt()
     m0, m1, sigma = (groups.spread(t) for t in (m0 * norm.centred, m1, sigma))
     return (sigma * k + m0 + m1 * centre / sigma) / nonzero(gain)

@@ -74,6 +74,8 @@ class Edges:
         Of the gradients, relative.
     positive : bool
         Whether no entry of the block's input is negative.
+    iterate : bool
+        Whether a norm and the layer below it are iterated where no channel tells.
     """
 
     def __init__(
@@ -298,10 +300,9 @@ class Edges:
             if bool((gain != 0).all()):
                 self.ks[place + 1] = k / gain
         elif isinstance(rule, Norm) and rule.normalises:
-            own = [self.gradients.get(f"layers.{place}.{name}") for name in ("weight", "bias")]
-            z = self.values[node.sources[0]]
-            if z is not None and own[0] is not None and own[1] is not None:
-                self.ks[place + 1] = edge_norms.risen(rule, z, k, own[0], own[1])
+            (scale, shift), z = self._own(place), self.values[node.sources[0]]
+            if z is not None and scale is not None and shift is not None:
+                self.ks[place + 1] = edge_norms.risen(rule, z, k, scale, shift)
 
     # --- what a layer's own gradient gives ----------------------------------------------------
 
@@ -395,12 +396,11 @@ class Edges:
                 continue
             assert isinstance(rule, Norm)
             shape = tuple(self.shapes[sources[0]][1:])
-            own = [self.gradients.get(f"layers.{above}.{name}") for name in ("weight", "bias")]
+            scale, shift = self._own(above)
             if isinstance(rule, GroupNorm):
-                k = self._summing(above + 1, k, own[1])
-            found = edge_norms.solve(
-                module, rule, k, part, shape, (G, own[0], own[1]), self.noise, iterate=self.iterate
-            )
+                k = self._summing(above + 1, k, shift)
+            sent = G, scale, shift
+            found = edge_norms.solve(module, rule, k, part, shape, sent, self.noise, self.iterate)
             if found is not None:
                 name = f"{self.block.nodes[place].name}+{self.block.nodes[above].name}"
                 self._note(Found(name, found.equations, found.solution))
@@ -409,6 +409,11 @@ class Edges:
                 self._place(sources[0], found.inputs, found.k, told)
                 return True
         return False
+
+    def _own(self, place: int) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of a norm's scale and shift."""
+        scale, shift = (f"layers.{place}.{name}" for name in ("weight", "bias"))
+        return self.gradients.get(scale), self.gradients.get(shift)
 
     def _place(self, edge: int, x: Tensor, k: Tensor, hidden: Hidden | None) -> None:
         """Scale an edge's value by what is known of it, of the bias below, or by ε at last."""
@@ -530,9 +535,8 @@ class Edges:
             normed = isinstance(above, Norm) and above.normalises
             if isinstance(above, Norm) and entries(above, tuple(self.shapes[place + 1])) < 2:
                 continue
-            if sums is None and not (normed and self._positive(source)):
-                continue
-            if normed and sums is None and math.prod(shape[1:]) > NORMED:
+            few = math.prod(shape[1:]) <= NORMED
+            if sums is None and not (normed and few and self._positive(source)):
                 continue
             centred = normed and math.prod(shape[1:]) > 1 and _alone(above, self.shapes[place + 1])
             seen = blind.solve(module, G, sums, shape, centred=centred, noise=self.noise)
@@ -543,25 +547,22 @@ class Edges:
                 self.values[source] = self._cleaned(source, seen.solution.x)
                 self.ks[place + 1] = seen.k
                 return True
-            x = seen.solution.x * seen.solution.x.sum().sign()
-            k = seen.k * seen.solution.x.sum().sign()
+            sign = seen.solution.x.sum().sign()
+            x, k = sign * seen.solution.x, sign * seen.k
             hidden = Hidden(self.block.nodes[users[0][0]].name, x.new_ones(1))
             self._place(source, x, _pull(module, k, [x])[0], hidden)
-            placed = self.values[source]
-            assert placed is not None
+            placed = cast(Tensor, self.values[source])
             self.ks[place + 1] = k * float((x * x).sum() / (x * placed).sum())
             return True
         return False
 
     def _total(self, place: int) -> Tensor | None:
-        """``Σ_p k`` at a convolution's output."""
+        """``Σ_ℓ k`` at a convolution's output."""
         own = self.gradients.get(f"layers.{place}.bias")
         users = self.users[place + 1]
-        norm, bias = None, None
-        if own is None and len(users) == 1:
-            above = users[0][0]
-            norm, bias = self.rules[above], self.gradients.get(f"layers.{above}.bias")
-        return total(own, norm, bias)
+        if own is not None or len(users) != 1:
+            return own
+        return total(own, self.rules[users[0][0]], self._own(users[0][0])[1])
 
 
 def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:
@@ -571,7 +572,7 @@ def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:
 
 
 def total(own: Tensor | None, norm: Rule | None, bias: Tensor | None) -> Tensor | None:
-    """``Σ_p k`` of each filter: the bias's gradient, or that of an affine norm right above.
+    """``Σ_ℓ k`` of each filter: the bias's gradient, or that of an affine norm right above.
 
     Parameters
     ----------

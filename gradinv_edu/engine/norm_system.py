@@ -105,7 +105,7 @@ class NormSystem:
         safe = torch.where(self.known, gain, torch.ones_like(gain))
         self.xhat = torch.where(self.known, (outputs - shift) / safe, 0.0)
         self.kappa = gain * output_gradient
-        self.count = self.groups.sum(torch.ones_like(outputs))
+        self.count = self.groups.count
         mean = self.groups.sum(self.kappa), self.groups.sum(self.kappa * self.xhat)
         self.m0, self.m1 = means or (mean[0] / self.count, mean[1] / self.count)
         self.m0 = self.m0 * norm.centred
@@ -337,13 +337,9 @@ class NormSystem:
         tau = one if self.has_tau else one[:0]
         v = torch.cat([x.reshape(-1), zero[: self.sizes[1] + self.sizes[2]], tau])
         z, groups = self.centre(v), self.groups
-        if self.norm.centred:
-            mu = groups.sum(z) / self.count
-            z = z - groups.spread(mu)
-        else:
-            mu = one[:0]
-        sigma = (groups.sum(z.square()) / self.count + self.norm.eps).sqrt()
-        return torch.cat([x.reshape(-1), sigma, mu, tau])
+        mu, _, variance = groups.moments(z, self.norm.centred)
+        sigma = (variance + self.norm.eps).sqrt()
+        return torch.cat([x.reshape(-1), sigma, mu[: self.sizes[2]], tau])
 
     def normed(self, v: Tensor) -> Tensor:
         """The unknowns with each family's factor such that its mean ``σ`` is one."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from .channels import ENTRIES, PIXELS
@@ -21,7 +21,6 @@ __all__ = [
     "Normalised",
     "account_at",
     "by_channel",
-    "from_gradients",
     "from_start",
     "means",
     "solve",
@@ -84,13 +83,13 @@ def solve(
     *,
     noise: float = 0.0,
     rounds: int = 1,
-    channels: bool = True,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Normalised:
     r""":math:`\arg\min_{x,\sigma,\mu,\tau}` of the rows, and what they leave open.
 
-    Linear where all entries are known and each filter has one ``σ``. Else first with the unknown
+    :func:`by_channel` where that is enough. Else linear where all entries are known and each filter
+    has one ``σ``; else first with the unknown
     entries of ``x̂`` at their mean, then Gauss and Newton; statistics that were sent join last.
 
     Parameters
@@ -102,12 +101,10 @@ def solve(
     rounds : int
         Of the linear system before Newton's steps, each with the unknown entries as the one before
         found them.
-    channels : bool
-        Whether to try :func:`by_channel` first.
     generator, progress
         As for :func:`~gradinv_edu.engine.solve.least_squares`.
     """
-    found = by_channel(system, noise, generator) if channels else None
+    found = by_channel(system, noise, generator)
     if found is not None:
         return found
     if system.sent is not None and not system.linear:  # statistics mislead while x̂ is a guess
@@ -151,62 +148,16 @@ def _attempt(
     return _answer(system, v, iterations, generator)
 
 
-def from_gradients(
-    module: nn.Module,
-    norm: Norm,
-    k: Tensor,
-    input_shape: tuple[int, ...],
-    weight_gradient: Tensor,
-    scale_gradient: Tensor,
-    shift_gradient: Tensor,
-    *,
-    noise: float = 0.0,
-    generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-) -> Normalised:
-    r""":math:`K(\tilde\kappa)\,x = \sigma_g\,\partial L/\partial W`, no output of the norm known.
-
-    As on a way of a residual block, where the sum is known and its parts are not, but ``k = ∂L/∂y``
-    is. Its means follow from ``∂L/∂β`` and ``∂L/∂γ``, so that ``κ̃`` is known up to ``x̂``, which
-    is what the last round made of it. Needs more entries of the gradient than unknowns.
-
-    Parameters
-    ----------
-    module, norm, input_shape
-        As for :class:`~gradinv_edu.engine.norm_system.NormSystem`.
-    k : Tensor
-        ``∂L/∂y``, ``(1, *output_shape)``; of a batch norm any number of samples.
-    weight_gradient, scale_gradient, shift_gradient : Tensor
-        ``∂L/∂W``, ``∂L/∂γ``, ``∂L/∂β``.
-
-    Returns
-    -------
-    Normalised
-        ``inputs`` and their ``k`` up to one factor, ``output`` without it.
-    """
-    system = NormSystem(
-        module,
-        norm,
-        torch.zeros_like(k),
-        k,
-        input_shape,
-        weight_gradient,
-        torch.zeros_like(k),
-        means=means(norm, k, scale_gradient, shift_gradient),
-    )
-    return solve(system, noise=noise, rounds=MORE, generator=generator, progress=progress)
-
-
 def means(
     norm: Norm, like: Tensor, scale_gradient: Tensor, shift_gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``mean κ`` and ``mean κx̂`` of each group, from ``∂L/∂γ`` and ``∂L/∂β``."""
     groups, (gain, _) = norm.groups(like.shape, like.device), norm.coefficients(like)
-    count, shape = groups.sum(torch.ones_like(like)), norm.broadcast(like)
+    shape = norm.broadcast(like)
 
     def mean(gradient: Tensor) -> Tensor:  # of γ times what one parameter's entries add up to
         each = gradient.to(like).reshape(shape).expand_as(like) * (math.prod(shape) / like.numel())
-        return groups.sum(gain * each) / count
+        return groups.sum(gain * each) / groups.count
 
     return mean(shift_gradient), mean(scale_gradient)
 
@@ -272,9 +223,8 @@ def by_channel(
         x = (V.T @ (right / values[:, None])).T.reshape(C, len(system.like), *shape[1:])
         v = torch.cat([x.transpose(0, 1).reshape(-1), torch.zeros_like(system.count).repeat(2)])
         z = system.centre(v[: system.unknowns])
-        mu = groups.sum(z) / system.count * system.norm.centred
-        z = z - groups.spread(mu)
-        sigma = torch.where(live, sigma, (groups.sum(z.square()) / system.count).sqrt())
+        mu, z, variance = groups.moments(z, system.norm.centred)
+        sigma = torch.where(live, sigma, variance.sqrt())
         before, xhat = xhat, torch.where(system.known, system.xhat, z / groups.spread(sigma))
         change = float((xhat - before).norm() / xhat.norm())
         if change <= max(SETTLED, 0.1 * noise) or (change < NEARLY and change > 0.5 * least):

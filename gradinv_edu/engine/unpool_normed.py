@@ -148,7 +148,6 @@ class _Pooled:
         self.groups = norm.groups(self.like.shape, self.like.device)
         self.gain, self.shift = norm.coefficients(self.like)
         self.of = self.groups.of[0].flatten(1)[:, 0]
-        self.count = self.groups.sum(torch.ones_like(self.like))
         self.means = normalised.means(norm, self.like, *gradients[1:])
 
     def column(self, each: Tensor) -> Tensor:
@@ -159,9 +158,8 @@ class _Pooled:
         """``μ`` and ``σ`` of every group."""
         with torch.no_grad():
             z = self.conv(x)
-        mean = self.groups.sum(z) / self.count
-        centre = z - self.groups.spread(mean)
-        return mean, nonzero((self.groups.sum(centre.square()) / self.count).sqrt())
+        mean, _, variance = self.groups.moments(z)
+        return mean, nonzero(variance.sqrt())
 
     def guess(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Those that were sent, or those of smooth noise, whose channels are nearly alike."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
@@ -43,6 +44,20 @@ class Groups:
     def spread(self, v: Tensor) -> Tensor:
         """To every entry what belongs to its group."""
         return v[self.of]
+
+    @cached_property
+    def count(self) -> Tensor:
+        """Entries of each group."""
+        return self.of.reshape(-1).bincount(minlength=len(self.family)).double()
+
+    def moments(self, z: Tensor, centred: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean of each group, what is left of ``z`` without it, and the mean square of that.
+
+        Not ``centred``: the mean is zero.
+        """
+        mean = self.sum(z) / self.count * centred
+        left = z - self.spread(mean)
+        return mean, left, self.sum(left.square()) / self.count
 
     def total(self, v: Tensor) -> Tensor:
         """Over the groups of each family."""

@@ -52,7 +52,7 @@ class TwoToOne(Rule):
         least = float(self.forward(outputs.new_tensor([turning])))
         refuse_outside(outputs, name, least, math.inf, noise)
         outputs = outputs.clamp_min(least)
-        zero, reliable = self._zero(outputs, noise), RESOLVED * math.sqrt(max(noise, 1e-15))
+        zero, reliable = self._zero(outputs, noise), _reliable(noise)
         right = _halve(
             lambda z: self.forward(z) > outputs,
             torch.full_like(outputs, turning),
@@ -68,8 +68,8 @@ class TwoToOne(Rule):
 
     def tells(self, inputs: Tensor, name: str, noise: float) -> Tensor:
         """By the slope there; no need to look for the inputs."""
-        zero, reliable = self._zero(self.forward(inputs), noise), math.sqrt(max(noise, 1e-15))
-        return self._at(inputs, zero, RESOLVED * reliable).known
+        zero = self._zero(self.forward(inputs), noise)
+        return self._at(inputs, zero, _reliable(noise)).known
 
     def _zero(self, outputs: Tensor, noise: float) -> Tensor:
         top = max(float(outputs.abs().max()), 1e-300)
@@ -91,6 +91,11 @@ class TwoToOne(Rule):
         yield nn.GELU(), (3, 40)
         yield nn.GELU(approximate="tanh"), (30,)
         yield from ((kind(), (3, 40)) for kind in (nn.SiLU, nn.Mish, nn.Hardswish))
+
+
+def _reliable(noise: float) -> float:
+    """Slope below which an output tells no input."""
+    return RESOLVED * math.sqrt(max(noise, 1e-15))
 
 
 def _halve(above: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
