@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,15 +11,14 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+from scripts import load
+
 BOOK = Path(__file__).parents[1] / "book"
 
 
 def test_the_page_has_not_drifted() -> None:
     """A dependency without a reason, or a pin whose date nobody asked for, is an error."""
-    spec = importlib.util.spec_from_file_location("dependencies", BOOK / "dependencies.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("dependencies")
     assert module.PAGE.read_text("utf-8") == module.page(), "run python book/dependencies.py"
 
 

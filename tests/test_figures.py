@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 from pybtex.database import parse_file
+from scripts import load
 
 BOOK = Path(__file__).parents[1] / "book"
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(name).name, BOOK / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-figures, oldest_first, field = _load("figures"), _load("oldest_first"), _load("images/field")
+figures, oldest_first, field = load("figures"), load("oldest_first"), load("images/field")
 
 
 def _paper() -> np.ndarray:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).parents[1]
 URL = "https://example.org/someone/course"
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "book" / "launch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-launch = _load()
+launch = load("launch")
 NOTEBOOKS = launch.notebooks()
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 BOOK = Path(__file__).parents[1] / "book"
-spec = importlib.util.spec_from_file_location("lite", BOOK / "lite.py")
-lite = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lite)
+lite = load("lite")
 
 
 def _printed(stem: str) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import nbformat
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
@@ -18,15 +17,7 @@ CHAPTER = ROOT / "book" / "01_perceptron.ipynb"
 MYST = re.compile(r"\{(math|figure|admonition|note|eq|func|class|meth|doc|numref|cite:\w)\}")
 
 
-def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("slides", ROOT / "book" / "slides.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slides = _module()
+slides = load("slides")
 
 
 def _deck(chapter: Path) -> Any:

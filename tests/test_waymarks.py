@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from pybtex.database import parse_file
+from scripts import load
 
 BOOK = Path(__file__).parents[1] / "book"
 CHAPTERS = sorted(BOOK.glob("[0-9]*.ipynb"))
 TERM = re.compile(r"\{term\}`(?:[^`<]*<)?([^`>]+)>?`")
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("waymarks", BOOK / "waymarks.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["waymarks"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-waymarks = _load()
+waymarks = load("waymarks")
 
 
 def _text(chapter: Path) -> str:
