@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from . import checks
 from .checks import checked
 from .engine import losses, patches
+from .engine.dense import closed_form
 from .engine.explained import mismatch as mismatch_of
 from .engine.explained import unexplained
 from .engine.graph import Step, trace
 from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
 from .engine.progress import bar, end_of, until
-from .engine.recovery import Recovering, closed_form
+from .engine.recovery import Recovering
 from .engine.reports import TOLERANCES, LayerReport
 from .engine.walk import Stack, State, head_of, lowest_dense
 from .errors import (

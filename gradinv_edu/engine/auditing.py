@@ -18,7 +18,6 @@ from .hidden import Hidden, bias_below, shifts, unshaped
 from .joint import LARGEST, Branching, Normalising
 from .krylov import Progress
 from .layers import Rule, rule_of
-from .layers.activations import ReLU
 from .layers.branches import Block, Node
 from .layers.convolution import Conv
 from .layers.norms import Norm
@@ -270,7 +269,7 @@ class Auditing(Walk):
         if hidden.unseen is not None and below >= 0:
             x = self.passed.values[below + 1]
             place = unshaped(self.steps, below)
-            relu = place >= 0 and isinstance(self.steps[place].rule, ReLU)
+            relu = place >= 0 and self.steps[place].rule.rectifies
             if not relu and shifts(self.steps, below, x, hidden.unseen) is None:
                 asked = self.asked[last]
                 assert isinstance(asked, Normalising)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,18 +14,17 @@ from ..errors import InconsistentGradientError
 from ..systems import LayerSystem
 from . import blind, channels, edge_norms, kinks
 from .hidden import Hidden, from_zero
-from .layers import Rule, pack, rule_of, weight_names
-from .layers.activations import ReLU
-from .layers.branches import Block, Concatenation, Node, Product, Sum
+from .layers import Rule, pack, weight_names
+from .layers.branches import Block, Node
 from .layers.convolution import Conv, Convolution
 from .layers.norms import GroupNorm, Norm
 from .norm_system import entries
+from .propagation import Propagation, pull
 from .segment import within_reach
 from .solve import Solution
 
-__all__ = ["Edges", "Found", "in_doubt", "total"]
+__all__ = ["Edges", "Found"]
 
-Part = tuple[Tensor, Tensor]  # a value, and where it is known
 NORMED = 16  # positions up to which a convolution under a norm of its own is read blind
 ALIKE = 0.05  # relative change of a block's output that its norms' ε may make
 DOUBT = 30.0  # times the noise: a residual above it may come from a unit read on the wrong side
@@ -51,27 +50,19 @@ class Found:
     solution: Solution
 
 
-class Edges:
+class Edges(Propagation):
     r"""Values and gradients on the edges of a block, from what their neighbours hold.
 
-    An edge is a tensor of the forward pass. What is known at one moves on along the layers:
-    a value forward by the layer itself and back where the layer is one-to-one, a sum's or a
-    product's missing part by the others; a gradient ``∂L/∂(edge)`` down by the chain rule, up
-    where the layer is a scale for each entry; from a known output gradient to the layer's input
-    by the gradient constraints ``K x = ∂L/∂W``, from a known input to the output gradient by the
-    same equations read the other way; and from nothing at all where a convolution is
-    :func:`blind <gradinv_edu.networks.blind>`. No output of the block is needed.
+    What is known at one edge moves on along the layers (:class:`~.propagation.Propagation`); from
+    a known output gradient to the layer's input by the gradient constraints ``K x = ∂L/∂W``, from
+    a known input to the output gradient by the same equations read the other way; and from
+    nothing at all where a convolution is :func:`blind <gradinv_edu.networks.blind>`. No output of
+    the block is needed.
 
     Parameters
     ----------
-    block : Block
-        Float64.
-    gradients : mapping of str to Tensor
-        ``∂L/∂θ`` by the parameter's name in the block.
-    input_shape : tuple of int
-        Of one sample.
-    noise : float
-        Of the gradients, relative.
+    block, gradients, input_shape, noise
+        As for :class:`~.propagation.Propagation`.
     positive : bool
         Whether no entry of the block's input is negative.
     iterate : bool
@@ -87,23 +78,8 @@ class Edges:
         positive: bool = False,
         iterate: bool = True,
     ) -> None:
+        super().__init__(block, gradients, input_shape, noise)
         self.positive, self.iterate = positive, iterate
-        self.block, self.gradients, self.noise = block, gradients, noise
-        self.rules = [rule_of(layer) for layer in block.layers]
-        like = next(iter(gradients.values()))
-        with torch.no_grad():
-            zeros = block.values(like.new_zeros(1, *input_shape), torch.Generator().manual_seed(0))
-        self.shapes = [z.shape for z in zeros]
-        self.like = like
-        self.values: list[Tensor | None] = [None] * len(zeros)
-        self.ks: list[Tensor | None] = [None] * len(zeros)
-        self.users: list[list[tuple[int, int]]] = [[] for _ in zeros]
-        for place, node in enumerate(block.nodes):
-            for slot, source in enumerate(node.sources):
-                self.users[source].append((place, slot))
-        self.pulled: dict[tuple[int, int], Tensor] = {}
-        self.partial: dict[int, Part] = {}
-        self.turns: dict[int, Tensor] = {}
         self.tried: set[tuple[int, str]] = set()
         self.hidden: Hidden | None = None  # what the block leaves open of its input
         self.found: list[Found] = []
@@ -168,141 +144,6 @@ class Edges:
         except InconsistentGradientError:  # no value inside a layer's range explains the gradient
             return False
         return self.hidden is None or self.scale_free
-
-    def _know(self, edge: int, value: Tensor, known: Tensor | None) -> None:
-        """Note a value, or the part of it that is known."""
-        if self.values[edge] is not None or value.shape != self.shapes[edge]:
-            return
-        if known is None or bool(known.all()):
-            self.values[edge] = value
-        elif edge not in self.partial or int(known.sum()) > int(self.partial[edge][1].sum()):
-            self.partial[edge] = value, known
-
-    def _part(self, edge: int) -> Part | None:
-        """What is known of an edge's value."""
-        value = self.values[edge]
-        if value is None:
-            return self.partial.get(edge)
-        return value, torch.ones_like(value, dtype=torch.bool)
-
-    # --- what needs no equations --------------------------------------------------------------
-
-    def _pass(self) -> bool:
-        """One sweep up and down; whether anything new became known."""
-        before = self._known()
-        for place, node in enumerate(self.block.nodes):
-            self._forward(place, node)
-            self._rise(place, node)
-        for place in reversed(range(len(self.block.nodes))):
-            node = self.block.nodes[place]
-            self._back(place, node)
-            self._descend(place, node)
-        for edge, users in enumerate(self.users):
-            parts = [self.pulled[user] for user in users if user in self.pulled]
-            if self.ks[edge] is None and users and len(parts) == len(users):
-                self.ks[edge] = sum(parts[1:], parts[0])
-        return self._known() > before
-
-    def _known(self) -> int:
-        whole = sum(t is not None for t in (*self.values, *self.ks))
-        return whole + len(self.pulled) + len(self.partial)
-
-    def _sources(self, node: Node) -> list[Tensor] | None:
-        values = [self.values[source] for source in node.sources]
-        known = [value for value in values if value is not None]
-        return known if len(known) == len(values) else None
-
-    def _forward(self, place: int, node: Node) -> None:
-        """A layer applied to its inputs."""
-        sources = self._sources(node)
-        if self.values[place + 1] is None and sources is not None and not self._drawn(place):
-            with torch.no_grad():
-                self.values[place + 1] = self._layer(place)(*sources)
-
-    def _drawn(self, place: int) -> bool:
-        """Whether a layer does what only the client knows."""
-        return self.rules[place].random and not self.rules[place].normalises
-
-    def _layer(self, place: int) -> Callable[..., Tensor]:
-        """What a layer does, without leaving a trace in it."""
-        module, alone = self.block.layers[place], len(self.block.nodes[place].sources) == 1
-        return self.rules[place].forward if alone else module
-
-    def _back(self, place: int, node: Node) -> None:
-        """Inputs that the output, and other inputs, leave no choice."""
-        part, module, rule = self._part(place + 1), self.block.layers[place], self.rules[place]
-        missing = [s for s in node.sources if self.values[s] is None]
-        if part is None or not missing:
-            return
-        value, known = part
-        if isinstance(module, Concatenation):
-            start = 0
-            for source in node.sources:
-                size = self.shapes[source][module.dim]
-                piece, where = (t.narrow(module.dim, start, size) for t in (value, known))
-                self._know(source, piece, where)
-                start += size
-        elif isinstance(module, Sum | Product) and len(missing) == 1 < len(node.sources):
-            (other,) = [v for s in node.sources if (v := self.values[s]) is not None]
-            if isinstance(module, Sum):
-                self._know(missing[0], value - other, known)
-            else:
-                alive = (other != 0).expand_as(value)
-                safe = torch.where(alive, other, torch.ones_like(other))
-                self._know(missing[0], value / safe, known & alive)
-        elif rule.reshapes:
-            shape = self.shapes[missing[0]]
-            self._know(missing[0], value.reshape(shape), known.reshape(shape))
-        elif rule.elementwise and not rule.random:
-            inside = torch.where(known, value, torch.full_like(value, rule.inside))
-            undone = rule.undo(inside, node.name, self.noise)
-            self._know(missing[0], undone.inputs, known & undone.known)
-
-    def _descend(self, place: int, node: Node) -> None:
-        """The chain rule."""
-        k, rule, module = self.ks[place + 1], self.rules[place], self.block.layers[place]
-        if k is None or all((place, slot) in self.pulled for slot in range(len(node.sources))):
-            return
-        sources = self._sources(node)
-        linear = rule.affine or rule.reshapes or isinstance(module, Sum | Concatenation)
-        if sources is None and linear and not self._drawn(place):
-            sources = [self.like.new_zeros(self.shapes[source]) for source in node.sources]
-        turn = self.turns.get(place + 1)
-        if sources is not None and not self._drawn(place):
-            for slot, part in enumerate(_pull(self._layer(place), k, sources)):
-                self.pulled[place, slot] = part
-            if turn is not None and linear and (rule.elementwise or isinstance(module, Sum)):
-                self.turns |= dict(zip(node.sources, _pull(module, turn, sources), strict=True))
-        elif rule.elementwise and (value := self.values[place + 1]) is not None:
-            self.pulled[place, 0] = k * rule.undo(value, node.name, self.noise).slope
-            turn = rule.turn(value, k, self.noise)
-            if turn is not None:
-                reach = 10 * self.noise * float(value.square().mean().sqrt())
-                self.turns[node.sources[0]] = turn * in_doubt(rule, value, self.noise, reach)
-
-    def _rise(self, place: int, node: Node) -> None:
-        """The chain rule the other way, where an entry below has one entry above."""
-        if self.ks[place + 1] is not None:
-            return
-        rule, module = self.rules[place], self.block.layers[place]
-        alone = [s for s in node.sources if len(self.users[s]) == 1]
-        known = [k for s in alone if (k := self.ks[s]) is not None]
-        if not known:
-            return
-        k = known[0]
-        if isinstance(module, Sum):
-            if k.shape == self.shapes[place + 1]:
-                self.ks[place + 1] = k
-        elif rule.reshapes:
-            self.ks[place + 1] = k.reshape(self.shapes[place + 1])
-        elif rule.scales:
-            (gain,) = _pull(module, torch.ones_like(k), [torch.zeros_like(k)])
-            if bool((gain != 0).all()):
-                self.ks[place + 1] = k / gain
-        elif isinstance(rule, Norm) and rule.normalises:
-            (scale, shift), z = self._own(place), self.values[node.sources[0]]
-            if z is not None and scale is not None and shift is not None:
-                self.ks[place + 1] = edge_norms.risen(rule, z, k, scale, shift)
 
     # --- what a layer's own gradient gives ----------------------------------------------------
 
@@ -410,11 +251,6 @@ class Edges:
                 return True
         return False
 
-    def _own(self, place: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of a norm's scale and shift."""
-        scale, shift = (f"layers.{place}.{name}" for name in ("weight", "bias"))
-        return self.gradients.get(scale), self.gradients.get(shift)
-
     def _place(self, edge: int, x: Tensor, k: Tensor, hidden: Hidden | None) -> None:
         """Scale an edge's value by what is known of it, of the bias below, or by ε at last."""
         if hidden is None:
@@ -456,7 +292,7 @@ class Edges:
 
     def _positive(self, edge: int) -> bool:
         """Whether no entry of an edge is negative."""
-        return self.positive if edge == 0 else isinstance(self.rules[edge - 1], ReLU)
+        return self.positive if edge == 0 else self.rules[edge - 1].rectifies
 
     def _summing(self, edge: int, k: Tensor, sums: Tensor | None) -> Tensor:
         """``∂L/∂(edge)`` with the units turned that its sum over places shows to be misread."""
@@ -470,39 +306,6 @@ class Edges:
         self.turns[edge] = torch.where(told, -turn, turn)
         self._turned(edge, change)
         return k + change
-
-    def _turned(self, edge: int, change: Tensor) -> None:
-        """Change an output gradient, and with it those above that led to it."""
-        while True:
-            k = self.ks[edge]
-            self.ks[edge] = change if k is None else k + change
-            for key in [key for key in self.pulled if key in self.users[edge]]:
-                self.pulled[key] = self.pulled[key] + change
-            users = self.users[edge]
-            if len(users) != 1 or not self._straight(users[0][0]):
-                return
-            above = users[0][0]
-            if isinstance(self.block.layers[above], Sum):
-                for slot, source in enumerate(self.block.nodes[above].sources):
-                    if source != edge:
-                        self._fallen(above, slot, source, change)
-            else:
-                (gain,) = _pull(self.block.layers[above], torch.ones_like(change), [change])
-                change = change / gain
-            edge = above + 1
-
-    def _fallen(self, above: int, slot: int, source: int, change: Tensor) -> None:
-        """Take back what was derived down another way of a sum, to be derived again."""
-        if (above, slot) in self.pulled:
-            self.pulled[above, slot] = self.pulled[above, slot] + change
-        self.ks[source] = None
-        for number, below in enumerate(self.block.nodes[source - 1].sources if source else ()):
-            self.pulled.pop((source - 1, number), None)
-            self.ks[below] = None
-
-    def _straight(self, place: int) -> bool:
-        """Whether a layer hands its gradient down entry by entry, whatever the values."""
-        return self.rules[place].scales or isinstance(self.block.layers[place], Sum)
 
     def _note(self, found: Found) -> None:
         self.found.append(found)
@@ -550,48 +353,11 @@ class Edges:
             sign = seen.solution.x.sum().sign()
             x, k = sign * seen.solution.x, sign * seen.k
             hidden = Hidden(self.block.nodes[users[0][0]].name, x.new_ones(1))
-            self._place(source, x, _pull(module, k, [x])[0], hidden)
+            self._place(source, x, pull(module, k, [x])[0], hidden)
             placed = cast(Tensor, self.values[source])
             self.ks[place + 1] = k * float((x * x).sum() / (x * placed).sum())
             return True
         return False
-
-    def _total(self, place: int) -> Tensor | None:
-        """``Σ_ℓ k`` at a convolution's output."""
-        own = self.gradients.get(f"layers.{place}.bias")
-        users = self.users[place + 1]
-        if own is not None or len(users) != 1:
-            return own
-        return total(own, self.rules[users[0][0]], self._own(users[0][0])[1])
-
-
-def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:
-    """Units that noise may have put on the wrong side of a kink: near it, or read as silent."""
-    known = rule.undo(rule.clamp(outputs), "", noise).known
-    return (outputs.abs() <= reach) | ~known
-
-
-def total(own: Tensor | None, norm: Rule | None, bias: Tensor | None) -> Tensor | None:
-    """``Σ_ℓ k`` of each filter: the bias's gradient, or that of an affine norm right above.
-
-    Parameters
-    ----------
-    own : Tensor or None
-        Gradient of the layer's bias.
-    norm : :class:`~gradinv_edu.engine.layers.base.Rule` or None
-        Of what follows the layer.
-    bias : Tensor or None
-        Gradient of that layer's bias.
-    """
-    if own is not None:
-        return own
-    if norm is None or bias is None or not norm.scales:
-        return None
-    dims = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-    extra = next((d for kind, d in dims.items() if isinstance(norm.module, kind)), 0)
-    one = bias.new_ones(1, len(bias), *[1] * extra)
-    (gain,) = _pull(norm.module, one, [torch.zeros_like(one)])
-    return bias * gain.flatten()
 
 
 def _alone(norm: Rule | None, shape: torch.Size) -> bool:
@@ -606,13 +372,6 @@ def _skips(module: nn.Module) -> bool:
         return False
     spans = zip(module.stride, module.kernel_size, module.dilation, strict=True)
     return any(s > d * (n - 1) + 1 for s, n, d in spans)
-
-
-def _pull(module: Callable[..., Tensor], k: Tensor, sources: list[Tensor]) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [source.detach().clone().requires_grad_() for source in sources]
-        pulled = torch.autograd.grad(module(*leaves), leaves, k, allow_unused=True)
-    return [torch.zeros_like(s) if p is None else p for s, p in zip(sources, pulled, strict=True)]
 
 
 def _output_gradient(rule: Rule, x: Tensor, G: Tensor, noise: float) -> Tensor | None:

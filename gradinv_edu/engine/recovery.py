@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InconsistentGradientError, InvalidTensorError, UndeterminedScaleError
-from ..fully_connected import recover_input
 from ..systems import LayerSystem
-from . import blind, block, kinks, normalised, preimages, unpool, unpool_normed
-from .edges import Edges, in_doubt, total
+from . import blind, block, dense, kinks, normalised, preimages, unpool, unpool_normed
+from .edges import Edges
 from .graph import Step
 from .hidden import (
     Hidden,
@@ -27,18 +26,17 @@ from .hidden import (
     unshaped,
 )
 from .layers import pull_back, weight_names
-from .layers.activations import ReLU
 from .layers.branches import Block
 from .layers.convolution import Conv
 from .layers.norms import GroupNorm, Norm, RunningNorm
-from .low_rank import rank_one
 from .norm_system import NormSystem, Sent
 from .progress import bar
+from .propagation import in_doubt, total
 from .reports import TOLERANCES, LayerReport, error_of
 from .solve import Solution
 from .walk import Group, Stack, State, Walk, positive
 
-__all__ = ["Recovering", "closed_form"]
+__all__ = ["Recovering"]
 
 ALTERNATIONS = 5  # of a block's solution with the sides of the units above it
 
@@ -479,7 +477,7 @@ class Recovering(Walk):
         by = floating = None
         unseen, place = hidden.unseen, unshaped(self.steps, below)
         if unseen is not None and place >= 0:
-            if isinstance(self.steps[place].rule, ReLU):
+            if self.steps[place].rule.rectifies:
                 x, floating = from_zero(x, unseen, state.noise)
                 hidden, unseen = replace(hidden, unseen=None), None
                 state = replace(state, value=x, hidden=hidden)
@@ -529,25 +527,13 @@ class Recovering(Walk):
         if G is None:
             return None
         if len(state.k) == 1 and b is not None and bool(b.any()):
-            x, k, residual, error = closed_form(G, b, self.eps)
-        elif state.doubt is not None:
-            sure = torch.where(state.doubt.units, 0.0, state.k)
-            if len(sure) > 1 or not bool(sure.any()):
-                return None
-            x = sure @ G / sure.square().sum()  # rows of G whose k is known
-            k = x @ G.T / x.square().sum()
-            residual = float((G - k.T @ x).norm()) / max(float(G.norm()), 1e-300)
-            error = max(residual, state.error, self.eps) * float(
-                G.norm() / (sure.norm() * x.norm())
-            )
+            x, k, residual, error = dense.closed_form(G, b, self.eps)
         else:
-            values = torch.linalg.svdvals(state.k)
-            if len(values) < len(state.k) or not float(values[-1]) > 1e-9 * float(values[0]):
+            unsure = None if state.doubt is None else state.doubt.units
+            found = dense.known_gradients(G, state.k, unsure, max(state.error, self.eps))
+            if found is None:
                 return None
-            k = state.k
-            x = torch.linalg.pinv(k.T) @ G  # Kᵀ X = G, where the samples' k are independent
-            residual = float((G - k.T @ x).norm()) / max(float(G.norm()), 1e-300)
-            error = max(residual, state.error, self.eps) * float(values[0] / values[-1])
+            x, k, residual, error = found
         with torch.no_grad():
             z = step.module(x)
             if state.doubt is not None:
@@ -579,13 +565,3 @@ def _untold(hidden: Hidden, step: Step) -> UndeterminedScaleError:
         f"{hidden.norm} leaves what is below it up to a factor, and {step.name} "
         f"({step.rule.kind}) has no bias that tells it."
     )
-
-
-def closed_form(G: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, float, float]:
-    """Input and ``k`` of a dense layer with a bias, ``(1, …)``; residual, error of the input."""
-    x = recover_input(G, b)
-    residual = rank_one(G, b).residual
-    k = (G @ x + b) / (1 + x.square().sum())
-    spread = max(residual, eps) * math.hypot(float(G.norm()), float(b.norm()))
-    error = spread / float(k.norm() * x.norm() + 1e-300)
-    return x.unsqueeze(0), k.unsqueeze(0), residual, error

@@ -236,7 +236,7 @@ def read(
         low = value <= float(activation(torch.zeros(1)))
         bounds = torch.where(undone.known, undone.inputs, torch.where(low, 0.0, torch.inf))
         live, z, slope = known & undone.known, undone.inputs, undone.slope
-        if sums is not None and isinstance(activation, nn.ReLU):
+        if sums is not None and rule_of(activation).rectifies:
             misread = _misread(value, k, live, sums, noise)
             live = live ^ misread
             z, slope = (
@@ -248,7 +248,10 @@ def read(
     k = k * (layer.scale != 0)[:, None]  # such a filter's gradient tells nothing
     if not bool(live.any()):
         raise InconsistentGradientError(
-            "No window of the pooling is alive or known: nothing leads to the layer below it."
+            "The layers above determine no output of the pooling: nothing leads below it."
+            if not bool(known.any())
+            else "Every output of the pooling that is known lies where the activation is constant: "
+            "nothing leads below it."
         )
     tolerance = max(EQUAL, BLURRED * noise) * float(value.abs().max())
     return find_winners(value, k, live, bounds, places, tuple(map_shape), tolerance)

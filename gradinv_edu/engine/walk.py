@@ -197,7 +197,7 @@ class Stack:
             return None
         conv, stack = steps[first], tuple(steps[first : position + 1])
         weights = sum(p.numel() for p in conv.module.parameters())
-        relu = first > 0 and isinstance(steps[first - 1].module, nn.ReLU)
+        relu = first > 0 and steps[first - 1].rule.rectifies
         normed = any(step.rule.normalises for step in stack)
         if relu and not normed and weights < math.prod(conv.input_shape):
             lower = _fed(steps, first)

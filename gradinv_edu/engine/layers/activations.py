@@ -173,7 +173,7 @@ class ReLU(Rule):
 
     has_function = True
     elementwise = True
-    kinked = homogeneous = True
+    kinked = homogeneous = rectifies = True
 
     def undo(self, outputs: Tensor, name: str, noise: float) -> Undone:
         """Positive entries as they are, the others unknown with slope 0."""

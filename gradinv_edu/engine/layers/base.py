@@ -77,6 +77,7 @@ class Rule:
     normalises: bool = False  # divides by statistics of its own input: taken with the layer below
     kinked: bool = False  # has a slope that jumps
     homogeneous: bool = False  # φ(c z) = c φ(z) for c > 0
+    rectifies: bool = False  # φ(z) = max(z, 0): no output is negative, many are zero
     has_function: bool = False  # torch has a function of its name, with the same arguments
     reason: ClassVar[str] = "it is not linear in its input and cannot be undone entry by entry"
 

@@ -44,7 +44,7 @@ class MaxPooling(Rule):
     pools = True
     reason: ClassVar[str] = (
         "it keeps one entry of each window and forgets which; only right after a convolution, with "
-        "an increasing activation or batch norm in eval mode between, does that layer tell"
+        "an increasing activation or a norm between, does that layer tell"
     )
 
 
