@@ -20,7 +20,7 @@ from .layers.branches import OUT_OF_PLACE, Block, Call, Concatenation, Node, Pro
 from .layers.resampling import LinearCall
 from .layers.reshaping import Permute, Reshape
 
-__all__ = ["OPERATIONS", "Step", "trace"]
+__all__ = ["OPERATIONS", "Step", "in_float64", "trace"]
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,7 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> list[Step]:
     InvalidTensorError
         If the model does not take inputs of this shape.
     """
-    double = copy.deepcopy(model).to(torch.float64).requires_grad_(False)
-    for module in double.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
+    double = in_float64(model)
     reader = _Reader(double, tuple(input_shape))
     tracer = _Tracer()
     if tracer.is_leaf_module(double, ""):
@@ -134,6 +131,20 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> list[Step]:
     else:
         reader.read(_graph(tracer, double), tracer.node_name_to_scope)
     return reader.steps()
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Copy a model, nothing in place, no parameter with a gradient; what is float64 is shared."""
+    parameters = {
+        id(p): nn.Parameter(p.detach().to(torch.float64), requires_grad=False)
+        for p in model.parameters()
+        if not isinstance(p, nn.UninitializedParameter)
+    }
+    double = copy.deepcopy(model, dict[int, Any](parameters)).to(torch.float64)
+    for module in double.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return double
 
 
 class _Tracer(fx.Tracer):

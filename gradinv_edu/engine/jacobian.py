@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from .. import checks
 from ..errors import UnsupportedLayerError, UnsupportedLossError
+from .graph import in_float64
 from .krylov import Progress
 from .solve import draw
 
@@ -47,10 +47,8 @@ class WholeGradient:
         targets: Tensor | None,
         generator: torch.Generator,
     ) -> None:
-        self.model = copy.deepcopy(model).to(torch.float64).eval().requires_grad_(False)
+        self.model = in_float64(model).eval()
         for module in self.model.modules():
-            if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[assignment]
             if type(module) is nn.Hardsigmoid:  # torch has no second derivative of its own
                 module.forward = lambda z: nn.functional.relu6(z + 3) / 6  # type: ignore[assignment]
         self.weights = {n: p.detach() for n, p in self.model.named_parameters()}
