@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,8 +21,8 @@ from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
 from .engine.progress import bar, end_of, until
 from .engine.recovery import Recovering
-from .engine.reports import TOLERANCES, LayerReport
-from .engine.walk import Stack, State, head_of, lowest_dense
+from .engine.reports import TOLERANCES, LayerReport, multiple, table
+from .engine.walk import Stack, State, head_of, homogeneous, lowest_dense
 from .errors import (
     GradientInversionError,
     InconsistentGradientError,
@@ -122,25 +122,11 @@ class Recovery:
         return self.inputs / largest
 
     def __str__(self) -> str:
-        head = f"{'layer':<16}{'unknowns':>9}{'equations':>10}{'residual':>10}{'rank':>11}"
-        lines = [
-            f"{r.name:<16}{r.unknowns:>9}{r.equations:>10}{_bound(r.residual):>10}"
-            f"{'full' if r.full_rank else 'deficient':>11}"
-            + (f", {r.unsettled} units with two inputs unsettled" if r.unsettled else "")
-            + (f", up to {r.hidden}" if r.hidden else "")
-            for r in self.layers
-        ]
         twins = f", {len(self.candidates)} answers explain it" if len(self.candidates) > 1 else ""
         hidden = [f"hidden: {what}" for what in self.hidden]
         ended = ["the time given ran out"] if self.ran_out else []
         verdict = f"exact: {'yes' if self.exact else 'no'}{twins}"
-        return "\n".join([head, *lines, *hidden, *ended, verdict])
-
-
-def _bound(residual: float) -> str:
-    """Rough upper bound, the same on every machine that rounds a little differently."""
-    bounds = (1e-12, 1e-8, 1e-5, 1e-2)
-    return next((f"< {b:.0e}" for b in bounds if residual < b), "> 1e-02")
+        return "\n".join([*table(self.layers), *hidden, *ended, verdict])
 
 
 @checked
@@ -271,6 +257,7 @@ class _Recursion:
         self.device = device = next(model.parameters()).device
         self.found: list[Candidate] = []
         self.begun: list[tuple[_Start, Recovering]] = []
+        self.ended: list[tuple[_Start, Recovering, State | InconsistentGradientError]] = []
         sent = update.gradients
         self.dtype = max((g.dtype for g in sent.values()), key=lambda d: torch.finfo(d).eps)
         self.gradients = {n: g.detach().to(device, torch.float64) for n, g in sent.items()}
@@ -305,6 +292,7 @@ class _Recursion:
                 raise failures[0][2]
             # the branch that got farthest, once more, without turning back at a contradiction
             _, start, _ = max(failures, key=lambda f: f[0])
+            self.ended.clear()
             found.append(self._candidate(self.walk(), start, polish))
         explaining = [c for c in found if c.mismatch is None or c.mismatch <= self._explains]
         best = sorted(explaining or found, key=_doubts)
@@ -364,7 +352,7 @@ class _Recursion:
         """At a dense layer whose input and ``k`` are known."""
         step, error = self.steps[place], max(error, torch.finfo(self.dtype).eps)
         begin = partial(Recovering.begin, step=step, x=x, k=k, residual=residual, error=error)
-        return _Start(place, begin, targets)
+        return _Start(place, begin, targets, x)
 
     def _named(self, place: int) -> None:
         """Name what cannot be inverted before anything is solved."""
@@ -418,8 +406,7 @@ class _Recursion:
     # --- what became of it ----------------------------------------------------------------------
 
     def _candidate(self, walk: Recovering, start: _Start, polish: bool) -> Candidate:
-        state = start.begin(walk)
-        end = walk.descend(start.place - 1, walk.arrive(state, start.place - 1))
+        end = self._descended(walk, start)
         x: Tensor = end.value
         hidden: tuple[str, ...] = ()
         if end.hidden is not None:
@@ -447,6 +434,24 @@ class _Recursion:
         elif self.update.local_steps == 1:
             mismatch = unexplained(self.steps, self.gradients, x, walk.kept)
         return Candidate(x, targets, layers, mismatch, determined, hidden)
+
+    def _descended(self, walk: Recovering, start: _Start) -> State:
+        """Down to the input: ``f(s x) = s f(x)`` spares twins, ``s`` apart, a second descent."""
+        below, state = start.place - 1, start.begin(walk)
+        for first, before, end in self.ended if homogeneous(self.steps[: below + 1]) else ():
+            s = multiple(first.x, start.x) if first.place == start.place else 0.0
+            if s > 0 and isinstance(end, InconsistentGradientError):
+                raise end
+            if s > 0 and isinstance(end, State):
+                walk.reports += [r.scaled(s) for r in before.reports[len(walk.reports) :]]
+                return replace(end, value=s * end.value)
+        try:
+            end = walk.descend(below, walk.arrive(state, below))
+        except InconsistentGradientError as error:
+            self.ended.append((start, walk, error))
+            raise
+        self.ended.append((start, walk, end))
+        return end
 
     def _polished(
         self, walk: Recovering, x: Tensor, gradient_at: GradientAt
@@ -481,6 +486,7 @@ class _Start:
     place: int
     begin: Begin
     targets: Tensor | None
+    x: Tensor | None = None  # that input
 
 
 def _doubts(answer: Candidate) -> tuple[bool, float]:

@@ -11,6 +11,7 @@ import gradinv_edu as gi
 from benchmarks.random_nets import LOSS, Shape, Verdicts, drawn, normed_net, verdicts
 from gradinv_edu import errors
 from gradinv_edu.engine import blind, edge_norms
+from gradinv_edu.engine.gauss_newton import Linearised
 from gradinv_edu.engine.hidden import Hidden, constants
 from gradinv_edu.engine.hidden import fitted as factors
 from gradinv_edu.engine.layers import Undone, rule_of
@@ -18,7 +19,6 @@ from gradinv_edu.engine.layers.norms import Norm
 from gradinv_edu.engine.layers.reshaping import Permute
 from gradinv_edu.engine.norm_system import NormSystem
 from gradinv_edu.engine.normalised import solve
-from gradinv_edu.engine.solve import Linearised
 
 NORMS = {
     "batch": nn.BatchNorm2d,
@@ -119,6 +119,23 @@ def test_the_truth_fulfils_every_row_and_only_patterns_stay_open(norm: str, mask
     if hides is not None:  # without their own rows the constants are open
         fewer = torch.linalg.svdvals(torch.cat([A[: -gw.numel() - 2], A[-gw.numel() :]]))
         assert int((fewer < 1e-10 * fewer[0]).sum()) == 2
+
+
+@pytest.mark.parametrize("seed", [0, 47])
+def test_an_answer_in_doubt_blames_no_gradient(seed: int) -> None:
+    """Cases of the campaign "norms": a layer lacks equations, or float32 leaves its answer open.
+
+    What lay outside an activation's range was told to be explained by no input.
+    """
+    model, shape = normed_net(seed)
+    model = model.float() if seed % 2 else model
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x.to(next(model.parameters()))
+    update = gi.observe(model, LOSS, x, torch.tensor([1]), buffers=bool(seed % 2))
+    try:
+        assert not gi.recover(model, update, shape, LOSS).exact
+    except errors.UndeterminedScaleError as error:
+        assert "4 leaves what is below it up to a factor" in str(error)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from problems import distance, normal
 from torch import Tensor
 
+from gradinv_edu.engine.gauss_newton import Linearised, gauss_newton
 from gradinv_edu.engine.krylov import Rows, cgls, open_share, ritz_values, squared_norm
 from gradinv_edu.engine.solve import (
-    Linearised,
     Preconditioned,
     extreme_eigenvalues,
-    gauss_newton,
     inertia_rank,
     least_squares,
     rank_of,
@@ -106,6 +105,17 @@ def test_where_float32_gets_no_further_float64_goes_on() -> None:
     A, x = matrix(120, 100, 1e4, 1), normal((100,), 2)
     run = cgls(A, A.forward(x), 0.0, 50_000, fast=A.to(torch.float32))
     assert distance(run.x, x) < 1e-8
+
+
+@pytest.mark.parametrize("condition", [3.0, 100.0, 3000.0])
+def test_noise_ends_it_early_but_no_nearer_to_it_than_a_third(condition: float) -> None:
+    A, x, noise = matrix(150, 100, condition, 1), normal((100,), 2), 1e-5
+    y = A.A @ x
+    e = normal((150,), 3)
+    b = A.rows(y + noise * y.norm() / e.norm() * e)
+    early, late = (least_squares(A, b, noise=n, dense=False) for n in (noise, 0.0))
+    assert early.iterations < 0.85 * late.iterations
+    assert distance(early.x, late.x) <= 0.34 * noise * condition * float(y.norm() / x.norm())
 
 
 def test_a_cap_is_told_and_so_is_enough_and_progress() -> None:

@@ -12,10 +12,11 @@ from torch.func import functional_call
 
 from ..errors import GradientInversionError
 from ..systems import LayerSystem
+from .gauss_newton import Linearised, gauss_newton
 from .krylov import Progress, Rows, cgls, squared_norm
 from .layers import pack, pull_back, rule_of, weight_names
 from .layers.branches import Block
-from .solve import Linearised, Solution, draw, gauss_newton, rank_test
+from .solve import Solution, draw, rank_test
 
 __all__ = ["BlockSystem", "solve", "two_systems"]
 

@@ -121,12 +121,22 @@ def last_bias(step: Step) -> tuple[str, Rule] | None:
 
 
 def summed(
-    steps: Sequence[Step], position: int, index: int, value: Tensor, k: Tensor, noise: float
+    steps: Sequence[Step],
+    position: int,
+    index: int,
+    value: Tensor,
+    k: Tensor,
+    noise: float,
+    clamp: bool = False,
 ) -> Tensor:
-    """``∂L/∂b`` of step ``index``, of each sample, from what is known at the output of another."""
+    """``∂L/∂b`` of step ``index``, of each sample, from what is known at the output of another.
+
+    ``clamp``: the value is in doubt, and may lie outside an activation's range.
+    """
     for place in range(position, index, -1):
         step = steps[place]
         if step.rule.elementwise:
+            value = step.rule.clamp(value) if clamp else value
             undone = step.rule.undo(value, step.name, noise)
             value, k = undone.inputs, k * undone.slope
         elif step.rule.affine:

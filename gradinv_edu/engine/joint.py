@@ -11,13 +11,14 @@ from torch import Tensor
 from . import block, normalised
 from .edges import Edges
 from .evidence import ENTRIES, TRIED, tested
+from .gauss_newton import Linearised
 from .graph import Step
 from .layers import rule_of
 from .layers.branches import Block
 from .layers.norms import Norm
 from .norm_system import NormSystem
 from .reports import TOLERANCES
-from .solve import DENSE, Linearised, rank_of, rank_test
+from .solve import DENSE, rank_of, rank_test
 from .verdicts import LayerAudit
 from .walk import Group, State
 

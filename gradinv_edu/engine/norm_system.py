@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .gauss_newton import Linearised
 from .hidden import constants
 from .krylov import Rows, squared_norm
 from .layers import Affine, rule_of, weight_names
 from .layers.norms import Groups, Norm
-from .solve import Linearised, draw
+from .solve import draw
 
 __all__ = ["NormSystem", "Sent", "entries", "nonzero", "per_sample"]
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .channels import ENTRIES, PIXELS
+from .gauss_newton import Linearised, gauss_newton
 from .krylov import Progress, Rows, cgls, squared_norm
 from .layers import pull_back, rule_of
 from .layers.convolution import Convolution
 from .layers.norms import Norm
 from .norm_system import NormSystem, nonzero, per_sample
-from .solve import DENSE, ROUNDING, Linearised, Solution, gauss_newton, patience, rank_test
+from .solve import DENSE, ROUNDING, Solution, patience, rank_test
 
 __all__ = [
     "Normalised",

@@ -12,16 +12,15 @@ from torch.func import functional_call
 
 from .. import checks
 from ..errors import InconsistentGradientError, InvalidArgumentError, InvalidTensorError
+from .gauss_newton import Linearised, gauss_newton
 from .graph import Step
 from .krylov import Progress, Rows, cgls, squared_norm
 from .solve import (
     TOLERANCE,
-    Linearised,
     Preconditioned,
     Solution,
     draw,
     extreme_eigenvalues,
-    gauss_newton,
     patience,
     rank_test,
 )

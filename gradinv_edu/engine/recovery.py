@@ -86,6 +86,13 @@ class Recovering(Walk):
         """Whether every layer so far was determined."""
         return all(report.full_rank for report in self.reports)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last layer's answer may be far from the truth without a contradiction."""
+        last = self.reports[-1:]
+        loose = any(r.residual <= self.consistent and r.error > self.accurate for r in last)
+        return loose or not self.full_rank
+
     def determined(self, mismatch: float = math.inf) -> bool:
         """Whether every layer was determined, and consistent within the gradient's precision.
 
@@ -121,7 +128,7 @@ class Recovering(Walk):
         if turn is not None:
             reach = max(state.error, 10 * state.noise) * state.value.square().mean().sqrt()
             turn = turn * in_doubt(step.rule, state.value, state.noise, float(reach))
-        if not self.full_rank:  # a least-norm answer may lie outside the range
+        if self.doubtful:  # it may lie outside the range
             state = replace(state, value=step.rule.clamp(state.value))
         if step.rule.random:
             self.kept[step.name] = step.rule.undo(state.value, step.name, state.noise).slope
@@ -508,7 +515,7 @@ class Recovering(Walk):
 
         def predicted(s: Tensor) -> Tensor:
             value, k = hidden.times(placed(s), s), hidden.times(state.k, 1 / s)
-            return summed(self.steps, below, index, value, k, state.noise)
+            return summed(self.steps, below, index, value, k, state.noise, self.doubtful)
 
         told_by = f"{open_}, told by the bias of {self.steps[index].name}"
         self.reports[-1] = replace(self.reports[-1], hidden=told_by)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from ..systems import LayerSystem
 from .norm_system import NormSystem
 from .solve import Solution
 
-__all__ = ["TOLERANCES", "LayerReport", "error_of"]
+__all__ = ["TOLERANCES", "LayerReport", "error_of", "multiple", "table"]
 
+ALIKE = 1e-9  # relative difference of two multiples: rounding alone
 # what a gradient of this precision lets one ask for: (consistency, relative error of the input)
 TOLERANCES = {
     torch.float64: (1e-7, 1e-6),
@@ -87,6 +89,10 @@ class LayerReport:
         """Of the row-scaled system."""
         return self.solution.smallest_singular_value
 
+    def scaled(self, s: float) -> LayerReport:
+        """Return the report of ``s`` times this input."""
+        return replace(self, solution=replace(self.solution, x=s * self.inputs))
+
 
 def error_of(solution: Solution, system: LayerSystem | NormSystem, above: float) -> float:
     """Worst-case relative error: what is unexplained, over the smallest singular value."""
@@ -95,3 +101,29 @@ def error_of(solution: Solution, system: LayerSystem | NormSystem, above: float)
     if solution.smallest_singular_value <= 0:
         return math.inf
     return noise * solution.largest_singular_value / solution.smallest_singular_value
+
+
+def multiple(x: Tensor | None, other: Tensor | None) -> float:
+    """``s`` of ``other = s x``; zero where there is none."""
+    if x is None or other is None:
+        return 0.0
+    s = float((x * other).sum() / x.square().sum())
+    return s if float((other - s * x).norm()) <= ALIKE * float(other.norm()) else 0.0
+
+
+def table(reports: Sequence[LayerReport]) -> Iterator[str]:
+    """A line for each layer, under a head."""
+    yield f"{'layer':<16}{'unknowns':>9}{'equations':>10}{'residual':>10}{'rank':>11}"
+    for r in reports:
+        yield (
+            f"{r.name:<16}{r.unknowns:>9}{r.equations:>10}{_bound(r.residual):>10}"
+            f"{'full' if r.full_rank else 'deficient':>11}"
+            + (f", {r.unsettled} units with two inputs unsettled" if r.unsettled else "")
+            + (f", up to {r.hidden}" if r.hidden else "")
+        )
+
+
+def _bound(residual: float) -> str:
+    """Rough upper bound, the same on every machine that rounds a little differently."""
+    bounds = (1e-12, 1e-8, 1e-5, 1e-2)
+    return next((f"< {b:.0e}" for b in bounds if residual < b), "> 1e-02")

@@ -313,7 +313,8 @@ class _Problem(ABC):
         """1 for the rows of a floor that are used, 0 for those nearest to the kink."""
         mask = torch.ones_like(self.z[level]).flatten()
         if masked and self.floors[level].kinked:
-            mask[self.z[level].abs().flatten().topk(self.dropped, largest=False).indices] = 0.0
+            most = min(self.dropped, mask.numel())
+            mask[self.z[level].abs().flatten().topk(most, largest=False).indices] = 0.0
         return mask
 
     def settle(self, tolerance: float, progress: Progress | None) -> tuple[int, bool]:

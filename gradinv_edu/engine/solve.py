@@ -23,15 +23,14 @@ from .krylov import (
 )
 
 __all__ = [
-    "Linearised",
     "Operator",
     "Preconditioned",
     "Solution",
     "Truncated",
+    "answered",
     "draw",
     "extreme_directions",
     "extreme_eigenvalues",
-    "gauss_newton",
     "inertia_rank",
     "least_squares",
     "patience",
@@ -43,12 +42,11 @@ __all__ = [
 DENSE = 512  # unknowns below which an SVD is cheaper than one doubt about the rank
 TOLERANCE = 1e-10  # singular values below this share of the largest count as zero
 ROUNDING = 2e-15  # normal-equation residual, relative, at which float64 has nothing left to give
+NEAREST, FARTHEST = 1e-4, 1e-2  # of the noise, at which an iteration ends; in between,
+BELOW = 0.3  # over the condition: what the weakest direction makes of it stays below the noise
 INERTIA = 1e-13  # eigenvalues of the normal equations below this share of their sum are zero
 FEW = 150  # steps that a preconditioned iteration may take: past these, plain ones are no dearer
 INVERSE = 4  # power steps to the weakest direction, by the preconditioner, and to the strongest
-ROUNDS = 40  # of Gauss and Newton
-SHORTEST = 2.0**-10  # share of a step below which its linearisation is of no use
-STALLED = 1e-3  # a step that lowers the residual by less, relatively, was the last
 
 
 @runtime_checkable
@@ -149,28 +147,31 @@ def least_squares(
     if dense if dense is not None else n <= DENSE:
         return _by_svd(A, b)
     cap = cap or patience(n)
-    size = math.sqrt(squared_norm(A.adjoint(b))) or 1.0
-    fast = A.to(torch.float32)
-    target = max(ROUNDING, 1e-4 * noise) * size
-    if before is not None and before.full_rank:
-        run = cgls(A, b, target, cap, fast=fast, progress=progress, start=before.x)
-        return replace(
-            before,
-            x=run.x,
-            residual=_left(run, b),
-            iterations=before.iterations + run.iterations,
-            converged=_ended(run, size),
-        )
-    run = cgls(A, b, target, cap, fast=fast, progress=progress)
-    test = rank_test(A, cap=cap, generator=generator, fast=fast, progress=progress, beside=run)
-    return Solution(
+    size, fast = math.sqrt(squared_norm(A.adjoint(b))) or 1.0, A.to(torch.float32)
+    known = before if before is not None and before.full_rank else None
+    test = known or rank_test(A, cap=cap, generator=generator, fast=fast, progress=progress)
+    # a residual of the normal equations that the weakest direction carries no further than noise
+    share = min(max(BELOW / test.condition, NEAREST), FARTHEST)
+    target = max(ROUNDING, share * noise) * size
+    start = None if known is None else known.x
+    run = cgls(A, b, target, cap, fast=fast, progress=progress, start=start)
+    found = answered(test, run, b)
+    return replace(found, converged=test.converged and _ended(run, size))
+
+
+def answered(test: Solution, run: Run, b: Rows) -> Solution:
+    """An answer and the test of its rank as one; each has seen some singular values."""
+    least, most = test.smallest_singular_value, test.largest_singular_value
+    if run.alphas:
+        own = ritz_values(run.alphas, run.betas)
+        least, most = min(least, own[0]), max(most, own[1])
+    return replace(
+        test,
         x=run.x,
         residual=_left(run, b),
-        iterations=run.iterations + test.iterations,
-        undetermined=test.undetermined,
-        smallest_singular_value=test.smallest_singular_value,
-        largest_singular_value=test.largest_singular_value,
-        converged=_ended(run, size),
+        iterations=test.iterations + run.iterations,
+        smallest_singular_value=least,
+        largest_singular_value=most,
     )
 
 
@@ -282,7 +283,6 @@ def rank_test(
     generator: torch.Generator | None = None,
     fast: LinearMap | None = None,
     progress: Progress | None = None,
-    beside: Run | None = None,
     spectrum: bool = True,
 ) -> Solution:
     """Solve ``A x = 0`` from a random start: what is left of it, nothing determines.
@@ -297,8 +297,6 @@ def rank_test(
         Most iterations; a test that they cut short is not ``converged``.
     generator, progress
         As for :func:`least_squares`.
-    beside : Run, optional
-        Another iteration on ``A``, whose Ritz values serve where it was the longer one.
     spectrum : bool
         Whether to tell the smallest and the largest singular value; zero where not.
 
@@ -311,8 +309,7 @@ def rank_test(
     cap = cap or patience(like.numel())
     dye = draw(like, generator)
     left, run = open_share(A, dye, cap, fast=fast, progress=progress)
-    longest = max((r for r in (beside, run) if r is not None), key=lambda r: len(r.alphas))
-    smallest, largest = ritz_values(longest.alphas, longest.betas) if spectrum else (0.0, 0.0)
+    smallest, largest = ritz_values(run.alphas, run.betas) if spectrum else (0.0, 0.0)
     finished = left == 0 or run.iterations < cap
     return Solution(run.x, 0.0, run.iterations, left, smallest, largest, finished)
 
@@ -333,6 +330,32 @@ def patience(n: int) -> int:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else part
+
+
+@dataclass
+class Preconditioned:
+    """``A R⁻¹``: conjugate gradients on it are preconditioned ones on ``A`` with ``RᵀR``.
+
+    Attributes
+    ----------
+    A : LinearMap
+        The map itself.
+    undo, undo_transposed : callable
+        ``R⁻¹`` and ``R⁻ᵀ``.
+    """
+
+    A: LinearMap
+    undo: Callable[[Tensor], Tensor]
+    undo_transposed: Callable[[Tensor], Tensor]
+    dtype: torch.dtype = torch.float64
+
+    def forward(self, x: Tensor) -> Rows:
+        """``A R⁻¹ x``."""
+        return self.A.forward(self.undo(x))
+
+    def adjoint(self, r: Rows) -> Tensor:
+        """``R⁻ᵀ Aᵀ r``."""
+        return self.undo_transposed(self.A.adjoint(r))
 
 
 # --- the rank of a matrix ---------------------------------------------------------------------
@@ -383,152 +406,3 @@ def extreme_eigenvalues(gram: Tensor, factor: Tensor) -> tuple[float, float]:
     """Smallest and largest, by :func:`extreme_directions`."""
     low, high = extreme_directions(gram, factor)
     return float(low @ (gram @ low)), float(high @ (gram @ high))
-
-
-# --- equations that are not linear ------------------------------------------------------------
-
-
-class Linearised:
-    r""":math:`d \mapsto r'(x)\,d` and its adjoint, from one graph each.
-
-    Parameters
-    ----------
-    rows : callable
-        From an input to :class:`Rows`, twice differentiable by autograd.
-    x : Tensor
-        Where.
-    """
-
-    dtype = torch.float64
-
-    def __init__(self, rows: Callable[[Tensor], Rows], x: Tensor) -> None:
-        self.like = x
-        with torch.enable_grad():
-            self.leaf = x.detach().clone().requires_grad_()
-            self.at = rows(self.leaf)
-            parts = [p for p in (self.at.z, self.at.g) if p.requires_grad]
-            # The adjoint is linear in the rows, so its own adjoint is the derivative.
-            self.tangents = [torch.zeros_like(p, requires_grad=True) for p in parts]
-            (self.pulled,) = torch.autograd.grad(
-                parts, self.leaf, self.tangents, create_graph=True, retain_graph=True
-            )
-        self.parts = parts
-
-    @property
-    def value(self) -> Rows:
-        """Rows at ``x``."""
-        return Rows(self.at.z.detach(), self.at.g.detach())
-
-    def forward(self, x: Tensor) -> Rows:
-        """Change of the rows along ``x``."""
-        pushed = torch.autograd.grad(
-            self.pulled, self.tangents, x, retain_graph=True, allow_unused=True
-        )
-        found = iter(pushed)
-        rows = []
-        for part in (self.at.z, self.at.g):
-            change = next(found) if part.requires_grad else None
-            rows.append(torch.zeros_like(part) if change is None else change)
-        return Rows(rows[0].detach(), rows[1].detach())
-
-    def columns(self, steps: Tensor) -> Tensor:
-        """Change of the rows along each of some steps, ``(steps, rows)``."""
-        pushed = torch.autograd.grad(
-            self.pulled, self.tangents, steps, retain_graph=True, is_grads_batched=True
-        )
-        return torch.cat([part.detach().flatten(1) for part in pushed], dim=1)
-
-    def matrix(self) -> Tensor:
-        """``(rows, unknowns)``."""
-        n = self.like.numel()
-        units = torch.eye(n, dtype=self.like.dtype, device=self.like.device)
-        columns = [self.forward(unit).flat() for unit in units.reshape(n, *self.like.shape)]
-        return torch.stack(columns, dim=1)
-
-    def adjoint(self, r: Rows) -> Tensor:
-        """Rows pulled back to the input."""
-        sides = [s for s, part in ((r.z, self.at.z), (r.g, self.at.g)) if part.requires_grad]
-        (pulled,) = torch.autograd.grad(self.parts, self.leaf, sides, retain_graph=True)
-        return pulled
-
-
-@dataclass
-class Preconditioned:
-    """``A R⁻¹``: conjugate gradients on it are preconditioned ones on ``A`` with ``RᵀR``.
-
-    Attributes
-    ----------
-    A : LinearMap
-        The map itself.
-    undo, undo_transposed : callable
-        ``R⁻¹`` and ``R⁻ᵀ``.
-    """
-
-    A: LinearMap
-    undo: Callable[[Tensor], Tensor]
-    undo_transposed: Callable[[Tensor], Tensor]
-    dtype: torch.dtype = torch.float64
-
-    def forward(self, x: Tensor) -> Rows:
-        """``A R⁻¹ x``."""
-        return self.A.forward(self.undo(x))
-
-    def adjoint(self, r: Rows) -> Tensor:
-        """``R⁻ᵀ Aᵀ r``."""
-        return self.undo_transposed(self.A.adjoint(r))
-
-
-def gauss_newton(
-    rest: Callable[[Tensor], Rows],
-    step: Callable[[Tensor, Rows, float], Tensor],
-    x: Tensor,
-    *,
-    target: float = 0.0,
-    rounds: int = ROUNDS,
-    progress: Progress | None = None,
-) -> tuple[Tensor, list[float]]:
-    r""":math:`x \leftarrow x + t \arg\min_d \lVert J d - r(x) \rVert`, ``t`` halved until it helps.
-
-    Parameters
-    ----------
-    rest : callable
-        ``r``: what ``x`` leaves unexplained.
-    step : callable
-        Least-squares step from ``x``, ``r(x)`` and its norm.
-    x : Tensor
-        Where to begin.
-    target : float
-        Norm of ``r`` at which to stop.
-    rounds : int
-        Most steps.
-    progress : callable, optional
-        Called with the round and the norm.
-
-    Returns
-    -------
-    x : Tensor
-        The best answer.
-    norms : list of float
-        Of ``r``: at the start and after each step that helped.
-    """
-    r = rest(x)
-    norms = [math.sqrt(r.squared_norm())]
-    for turn in range(1, rounds + 1):
-        if norms[-1] <= target or not math.isfinite(norms[-1]):
-            break
-        d, length = step(x, r, norms[-1]), 1.0
-        while length > SHORTEST:
-            found = rest(x + length * d)
-            norm = math.sqrt(found.squared_norm())
-            if norm < norms[-1]:
-                x, r = x + length * d, found
-                norms.append(norm)
-                break
-            length /= 2
-        else:
-            break
-        if progress is not None:
-            progress(turn, norm)
-        if norms[-1] > (1 - STALLED) * norms[-2]:
-            break
-    return x, norms

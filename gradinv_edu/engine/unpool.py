@@ -18,7 +18,7 @@ from .kinks import told_by_sums
 from .krylov import Progress, Rows, Run, cgls, squared_norm
 from .layers import rule_of
 from .layers.convolution import ConvolutionOperator
-from .solve import Solution, rank_test
+from .solve import Solution, answered, rank_test
 from .winners import Winners, find_winners, windows
 
 __all__ = ["Unpooled", "Watch", "read", "solve"]
@@ -350,13 +350,4 @@ class _Choice:
     def account(self, run: Run, generator: torch.Generator) -> Solution:
         """The answer, with the rank of its equations."""
         fast = self.map.to(torch.float32)
-        test = rank_test(self.map, generator=generator, fast=fast, beside=run)
-        return Solution(
-            x=run.x,
-            residual=math.sqrt(run.unexplained.squared_norm() / self.b.squared_norm()),
-            iterations=run.iterations + test.iterations,
-            undetermined=test.undetermined,
-            smallest_singular_value=test.smallest_singular_value,
-            largest_singular_value=test.largest_singular_value,
-            converged=test.converged,
-        )
+        return answered(rank_test(self.map, generator=generator, fast=fast), run, self.b)

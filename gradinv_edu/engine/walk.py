@@ -22,7 +22,16 @@ from .layers.convolution import Convolution
 from .layers.norms import GroupNorm, Norm
 from .norm_system import entries
 
-__all__ = ["Group", "Stack", "State", "Walk", "head_of", "lowest_dense", "positive"]
+__all__ = [
+    "Group",
+    "Stack",
+    "State",
+    "Walk",
+    "head_of",
+    "homogeneous",
+    "lowest_dense",
+    "positive",
+]
 
 
 @dataclass
@@ -234,7 +243,21 @@ def _fed(steps: Sequence[Step], position: int) -> int | None:
 def positive(steps: Sequence[Step], position: int) -> bool:
     """Whether no entry of a step's input is negative: it comes from a ReLU."""
     below = reversed(steps[:position])
-    return isinstance(next((s.module for s in below if not s.rule.pools), None), nn.ReLU)
+    return next((s.rule.rectifies for s in below if not s.rule.pools), False)
+
+
+def homogeneous(steps: Sequence[Step]) -> bool:
+    """Whether ``f(s x) = s f(x)`` for ``s > 0``: no constant is added anywhere."""
+    for step in steps:
+        if step.rule.random or not (
+            step.rule.affine or step.rule.reshapes or step.rule.homogeneous
+        ):
+            return False
+        like = next(step.module.parameters(), torch.empty(0))
+        with torch.no_grad():
+            if bool(step.module(like.new_zeros(1, *step.input_shape)).any()):
+                return False
+    return True
 
 
 def lowest_dense(steps: Sequence[Step], biased: Sequence[str]) -> int | None:
