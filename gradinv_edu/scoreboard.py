@@ -236,6 +236,8 @@ def measure(
             return _attacked(key, pictures, settings, root, begun or {})
         except (DoesNotApplyError, UnsupportedLayerError) as reason:
             return {"does_not_apply": str(reason)}
+        except InvalidTensorError as reason:
+            return {"does_not_apply": f"Training overflows at the rate chosen for it. {reason}"}
 
 
 def _wanted(key: Key, settings: Settings) -> int:
@@ -261,16 +263,19 @@ def _attacked(key: Key, pictures: Data, settings: Settings, root: str | None, be
             model = defense.build(net.make(shape, weights), shape, weights)
         victims = slice(trial * defense.samples, (trial + 1) * defense.samples)
         truth = pictures.test_x[victims]
-        update = defense.send(model, LOSS, truth, pictures.test_y[victims], rate, _seeded(trial))
-        received = attackers.Received(
-            model, update, LOSS, shape, defense, pictures.x, settings.steps, 2000 + trial
-        )
         began = time.process_time()
         try:
+            update = defense.send(
+                model, LOSS, truth, pictures.test_y[victims], rate, _seeded(trial)
+            )
+            received = attackers.Received(
+                model, update, LOSS, shape, defense, pictures.x, settings.steps, 2000 + trial
+            )
+            began = time.process_time()
             found, exact = attacker(received)
         except DoesNotApplyError:
             raise
-        except GradientInversionError as error:
+        except GradientInversionError as error:  # of the attack, or of steps that overflow
             errors[type(error).__name__] = errors.get(type(error).__name__, 0) + 1
             found, exact = truth.new_empty(0), False
         spent += time.process_time() - began

@@ -339,3 +339,18 @@ def test_the_drawings_name_every_row_and_column() -> None:
     (axes,) = scoreboard.draw_leaks(STUDY, "dense, trained").axes
     told = {text.get_text() for text in axes.texts}
     assert told == set(scoreboard.leaks(STUDY, "dense, trained").index)
+
+
+def test_a_training_that_overflows_is_said_to_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = scoreboard.NETS["dense"]
+    monkeypatch.setitem(scoreboard.NETS, "dense", replace(kept, rate=1e30, rounds=5))
+    scoreboard._rate.cache_clear()
+    try:
+        for column in (PRICE, "ratio"):
+            cell = scoreboard.measure((f"dense{scoreboard.TRAINED}", "none", column), SMALL)
+            assert "overflows" in cell["does_not_apply"]
+    finally:
+        scoreboard._rate.cache_clear()
+        scoreboard._trained.cache_clear()
