@@ -19,6 +19,7 @@ trained       the network that chapter rank trains, while it learns
 zoo           torchvision's networks, a small one of each family: audits and recoveries
 rates         some of them over photographs and draws of their weights
 campaign      what claims certainty, over thousands of random cases
+mutants       small changes to the package, and whether a test notices them
 
 Without a section: the first five. Figures go to book/data/benchmarks.json, which the pages
 benchmarks, zoo and trust of the book draw; those of design, schedule and tokens to files of their
@@ -80,6 +81,7 @@ SECTIONS = {
     "zoo": ("zoo", "zoo", ""),
     "rates": ("zoo", "rates", ""),
     "campaign": ("campaign", "campaign", ""),
+    "mutants": ("mutants", "mutants", ""),
 }
 
 

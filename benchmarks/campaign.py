@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 from .measure import Job, Options, fill, rounded
 from .page import cells, table
 
-SECTION, SECONDS = "trust", 10.0  # of the clock, for one recovery
+SECTION, SECONDS = "trust", 30.0  # of the clock, for one recovery
+
+
+DENIAL = "InconsistentGradientError"  # "no input explains this": of an honest update no true word
 
 
 class Case(NamedTuple):
@@ -29,17 +32,27 @@ class Case(NamedTuple):
 
 # what is claimed, in the page's words, how many cells, and how many cases a cell
 CAMPAIGNS: dict[str, tuple[str, int, int]] = {
-    "networks": ("`recover` and `audit`: `exact`, random networks of every kind of layer", 20, 100),
-    "singles": ("`recover`: `exact`, the same kinds from float32 gradients", 20, 100),
+    "networks": (
+        "`recover` and `audit`: `exact`, random networks of every kind of layer",
+        100,
+        100,
+    ),
+    "singles": ("`recover`: `exact`, the same kinds from float32 gradients", 40, 100),
     "norms": ("`recover`: `exact`, norms of their own statistics, buffers sent or not", 20, 100),
-    "pooled": ("`recover`: `exact`, max pooling", 5, 100),
-    "minibatches": ("`recover(batch_size=2 to 8)`: `exact`", 5, 100),
+    "pooled": ("`recover`: `exact`, max pooling", 20, 100),
+    "minibatches": ("`recover(batch_size=2 to 5)`: `exact`", 40, 100),
     "updates": ("`recover`: `exact`, of updates that were changed on the way", 40, 100),
-    "jacobian": ("`audit`: `exact`, against the rank of the whole gradient's Jacobian", 10, 100),
+    "masks": ("`recover`: `exact`, the input and each mask of dropout read on the way", 40, 100),
+    "guard": (
+        "`LeakAudit`: what it sends keeps below its limits, what it withholds does not",
+        40,
+        100,
+    ),
+    "jacobian": ("`audit`: `exact`, against the rank of the whole gradient's Jacobian", 40, 100),
     "hidden": ("`recover`: what is said to be hidden changes no gradient", 40, 100),
     "isolated": ("`isolated_samples`: each sample it names was in the batch", 14, 1000),
-    "batches": ("`recover_batch` with the layer's weights: every sample", 5, 100),
-    "unweighted": ("`recover_batch` without them, the outputs counted: every sample", 20, 100),
+    "batches": ("`recover_batch` with the layer's weights: every sample", 20, 100),
+    "unweighted": ("`recover_batch` without them, the outputs counted: every sample", 40, 100),
     "labels": ("`possible_labels`: no label of the batch is missing", 10, 1000),
     "counts": ("`count_labels`: how often each label occurs", 5, 1000),
     "sentences": ("`recover_tokens`: `exact`, every word in its place", 8, 1000),
@@ -70,19 +83,23 @@ def cases(name: str, first: int, many: int) -> dict[str, Any]:
     from gradinv_edu.errors import GradientInversionError
 
     torch.set_num_threads(1)
-    start, counts, wrong, claims = time.process_time(), Counter[str](), [], 0
+    start, counts, claims = time.process_time(), Counter[str](), 0
+    wrong, denied = list[int](), list[int]()
     for seed in range(first, first + many):
         try:
             case = globals()[name](seed)
         except GradientInversionError as error:  # it says that it does not know
             case = Case(type(error).__name__, False)
+        if case.outcome == DENIAL:
+            denied.append(seed)
         counts[case.outcome] += 1
         claims += case.claimed
         if case.claimed and not case.right:
             wrong.append(seed)
     spent = rounded(time.process_time() - start)
     outcomes = dict(counts.most_common())
-    return {"runs": many, "claims": claims, "wrong": wrong, "outcomes": outcomes, "cpu": spent}
+    told = {"runs": many, "claims": claims, "wrong": wrong, "denied": denied}
+    return {**told, "outcomes": outcomes, "cpu": spent}
 
 
 def _pick(source: Any, *options: Any) -> Any:
@@ -143,13 +160,125 @@ def _recovered(
         torch.manual_seed(seed)
         update = gi.observe(model, LOSS, x, target, buffers=buffers)
     found = gi.recover(model, update, shape, LOSS, seconds=SECONDS)
+    if found.ran_out:
+        return Case("out of time", False)
     near = gi.metrics.relative_error(found.inputs, x)
     outcome = "exact" if found.exact else " and ".join(found.hidden) or "not exact"
     return Case(outcome, found.exact, near < (1e-3 if single else 1e-6))
 
 
+def masks(seed: int) -> Case:
+    """Dropout in training mode: its masks are read off the zeros of what is recovered."""
+    import torch
+    from torch import nn
+
+    import gradinv_edu as gi
+    from gradinv_edu.engine.recovery import Recovering
+
+    from .random_nets import LOSS, dropped_net
+
+    walks, true = list[Recovering](), dict[str, Any]()
+
+    class Read(Recovering):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            walks.append(self)
+
+    model, shape = dropped_net(seed)
+    source, single = torch.Generator().manual_seed(seed), seed % 4 == 3
+    x = torch.rand(1, *shape, generator=source, dtype=torch.float64)
+    model, x = (model.float(), x.float()) if single else (model, x)
+    drops = {name: m for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
+
+    def watch(name: str, z: Any, a: Any) -> None:
+        true[name] = a != 0, z != 0
+        a.register_hook(lambda g: true.update({name: (a != 0, (z != 0) & (g != 0))}))
+
+    hooks = [
+        module.register_forward_hook(lambda _, z, a, n=name: watch(n, z[0], a))
+        for name, module in drops.items()
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        update = gi.observe(model, LOSS, x, torch.tensor([1]))
+    for hook in hooks:
+        hook.remove()
+    found = gi.recover(model, update, shape, LOSS, seconds=SECONDS, walk=Read)
+    if not found.exact:
+        return Case("out of time" if found.ran_out else "not exact", False)
+    near = gi.metrics.relative_error(found.inputs, x) < (1e-3 if single else 1e-6)
+    alike = all(  # of a unit that is zero, or cut off above, nothing can be read
+        bool(((mask != 0) == true[name][0])[true[name][1]].all())
+        for name, mask in walks[-1].kept.items()
+    )
+    return Case(f"exact, {len(walks[-1].kept)} of {len(drops)} masks read", True, near and alike)
+
+
+def guard(seed: int) -> Case:
+    """A client's audit of its own update against what its server makes of what arrives."""
+    import copy
+    import logging
+
+    import torch
+    from flwr.serverapp.strategy import FedAvg
+    from torch import nn
+
+    import gradinv_edu as gi
+    from gradinv_edu import federation
+    from gradinv_edu.engine.client import attack
+
+    from .random_nets import LOSS, random_net
+
+    source = torch.Generator().manual_seed(seed)
+    pick = partial(_pick, source)
+    model, shape = random_net(seed)
+    model, many = model.float(), pick(1, 1, 2, 3)
+    dense = nn.Linear(shape[0], pick(8, 32)) if len(shape) == 1 and pick(0, 1) else None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if dense is not None:
+            model = nn.Sequential(dense, nn.ReLU(), nn.Linear(dense.out_features, 3))
+        classes = model(torch.zeros(1, *shape)).shape[1]
+    x = torch.rand(many, *shape, generator=source)
+    y = torch.randint(classes, (many,), generator=source)
+    schedule = federation.Schedule(0.1, pick(1, 1, 2), pick(None, 1))
+    policy, limit = pick("warn", "withhold", "noise"), pick(15.0, 25.0)
+    audit = federation.LeakAudit(
+        model, LOSS, lambda _: (x, y), policy=policy, seconds=4 * SECONDS,
+        limits=federation.Limits(psnr=limit, ssim=2.0), generator=source,
+    )  # fmt: skip
+    app = federation.client_app(model, LOSS, lambda _: (x, y), [audit])
+    plain = federation.client_app(model, LOSS, lambda _: (x, y))
+    seen = []
+    with torch.random.fork_rng(), federation.quiet(logging.CRITICAL):
+        for client in (app, plain):
+            logging.getLogger("gradinv_edu.federation").setLevel(logging.CRITICAL)
+            torch.manual_seed(seed)
+            one = {"min_available_nodes": 1, "min_train_nodes": 1, "fraction_evaluate": 0.0}
+            server = federation.CuriousServer(FedAvg(**one), copy.deepcopy(model))
+            federation.simulate(server, client, model, schedule, clients=1)
+            seen.append(server.received)
+
+    def best(received: Any) -> float:
+        psnr = -float("inf")
+        for name in audit.attackers:
+            found = attack(name, received.model, received.update, shape, LOSS, float("inf"))
+            for z in () if isinstance(found, str) else found.double().nan_to_num().clamp(0, 1):
+                psnr = max([psnr, *(gi.metrics.psnr(one, z) for one in x)])
+        return psnr
+
+    report, sent = audit.reports[0], seen[0]
+    outcome = f"{policy}: {report.action}"
+    if report.action in ("sent", "sent with noise"):
+        return Case(outcome, True, best(sent[0]) < limit)
+    if not any(attempt.leaks for attempt in report.attempts):
+        return Case(f"{outcome}, without an answer", False)
+    right = best(seen[1][0]) >= limit and bool(sent) == (policy == "warn")
+    return Case(outcome, True, right)
+
+
 def minibatches(seed: int) -> Case:
-    """Two to eight samples in one step, by ``recover`` as a user would call it."""
+    """Two to five samples in one step, by ``recover`` as a user would call it."""
     import torch
     from torch import nn
 
@@ -195,7 +324,9 @@ def updates(seed: int) -> Case:
         found = gi.recover(model, sent, shape, loss)
     except GradientInversionError as error:
         return Case(f"{name}: {type(error).__name__}", False)
-    near = gi.metrics.relative_error(found.inputs, xs[:1].double())
+    theirs = all(torch.equal(sent.gradients[n], g) for n, g in another.gradients.items())
+    true = xs[1:] if theirs else xs[:1]  # of a single layer, the last is the whole update
+    near = gi.metrics.relative_error(found.inputs, true.double())
     return Case(f"{name}: {'exact' if found.exact else 'not exact'}", found.exact,
                 near < (1e-3 if single else 1e-6))  # fmt: skip
 
@@ -220,11 +351,18 @@ def _digits(step: float) -> Callable[..., Any]:
                                * (step * g.abs().max()))  # fmt: skip
 
 
+def _scaled(by: float) -> Callable[..., Any]:
+    return lambda u, *_: _each(u, lambda g: by * g)
+
+
 # what a client, a channel or a defense does to it without saying so
 CHANGES: dict[str, Callable[..., Any]] = {
     "one entry moved": _planted,
     "rounded to 1e-9": _digits(1e-9),
     "rounded to 8 bits": _digits(1 / 127),
+    "rounded to 1e-6": _digits(1e-6),
+    "three times as large": _scaled(3.0),
+    "turned round": _scaled(-1.0),
     "signs": lambda u, *_: _each(u, lambda g: g.sign()),
     "three local steps": lambda u, _, steps, __: replace(u, gradients=steps.gradients),
     "two clients' mean": lambda u, another, *_: replace(
@@ -409,7 +547,7 @@ def sentences(seed: int) -> Case:
 
 
 def trusted(data: dict[str, Any]) -> Any:
-    """Campaigns: cases, claims, wrong claims, and the rate that these leave possible."""
+    """Campaigns: cases, claims, wrong claims, and the rates that these leave possible."""
     from gradinv_edu.kit.metrics import wilson_interval
 
     rows = []
@@ -417,9 +555,10 @@ def trusted(data: dict[str, Any]) -> Any:
         parts = [cell for key, cell in cells(data, SECTION).items() if key.startswith(f"{name}/")]
         runs, claims = (sum(part[what] for part in parts) for what in ("runs", "claims"))
         wrong = sum(len(part["wrong"]) for part in parts)
-        high = wilson_interval(wrong, claims)[1] if claims else 1.0
-        rows.append([claim, f"{runs:,}", f"{claims:,}", str(wrong), f"{100 * high:.2g} %"])
-    return table(["claim", "cases", "claims", "wrong", "rate below"], rows)
+        high = [wilson_interval(wrong, of)[1] if of else 1.0 for of in (claims, runs)]
+        rates = [f"{100 * rate:.2g} %" for rate in high]
+        rows.append([claim, f"{runs:,}", f"{claims:,}", str(wrong), *rates])
+    return table(["claim", "cases", "claims", "wrong", "of claims, below", "of cases, below"], rows)
 
 
 def ended(data: dict[str, Any], name: str) -> Any:

@@ -58,6 +58,11 @@ def pooled_net(seed: int) -> tuple[nn.Module, Shape]:
     return _net(_Pooled, seed)
 
 
+def dropped_net(seed: int) -> tuple[nn.Module, Shape]:
+    """The same, with dropout in training mode above half the layers; at least one."""
+    return _net(_Dropped, seed)
+
+
 def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
     """With scales and shifts of its own in every norm."""
     source = torch.Generator().manual_seed(seed)
@@ -85,12 +90,15 @@ class _Draw:
         self.source = source
         self.layers: list[nn.Module] = []
 
+    def number(self, below: int) -> int:
+        return int(torch.randint(below, (1,), generator=self.source))
+
     def pick(self, *options: int) -> int:
-        return options[int(torch.randint(len(options), (1,), generator=self.source))]
+        return options[self.number(len(options))]
 
     def net(self) -> tuple[nn.Module, Shape]:
         with torch.random.fork_rng():
-            torch.manual_seed(self.pick(*range(10**6)))
+            torch.manual_seed(self.number(10**6))
             self.dimensions, depth = self.pick(0, 1, 2, 2, 2), self.pick(1, 2, 2, 3, 4, 5)
             self.size = self.pick(4, 5, 6, 7)
             shape = (self.pick(1, 2, 3), *[self.size] * self.dimensions)
@@ -192,10 +200,19 @@ class _Normed(_Draw):
         self.add(bent or (nn.LeakyReLU(0.2) if self.pick(0, 1) else nn.ReLU()))
 
 
+class _Dropped(_Draw):
+    """Nets with dropout in training mode."""
+
+    def piece(self) -> None:
+        super().piece()
+        if self.pick(0, 1) or not any(isinstance(layer, nn.Dropout) for layer in self.layers):
+            self.add(nn.Dropout([0.1, 0.3, 0.5][self.pick(0, 1, 2)]))
+
+
 class _Pooled(_Draw):
     def net(self) -> tuple[nn.Module, Shape]:
         with torch.random.fork_rng():
-            torch.manual_seed(self.pick(*range(10**6)))
+            torch.manual_seed(self.number(10**6))
             self.dimensions = 2
             self.shape = shape = (self.pick(1, 3), *[self.pick(6, 8, 9)] * 2)
             for _ in range(self.pick(1, 1, 2)):

@@ -20,6 +20,7 @@ from .measure import Job, Options, fill, forget_peak, memory, rounded, seconds, 
 
 SECTION = "scaling"
 SIZES = (16, 24, 32, 48, 64, 96, 128, 224, 512)
+LARGEST = 1024  # in float64 alone
 DTYPES = ("float32", "float64")
 # beside 4 layers, width 1 and one picture, which the cell of 32×32 in float64 is
 DEPTHS = (2, 3, 6, 8, 10, 12)
@@ -52,6 +53,7 @@ def jobs() -> dict[str, Job]:
     found = {
         f"pixels/{dtype}/{size}": _job(size=size, dtype=dtype) for size in SIZES for dtype in DTYPES
     }
+    found[f"pixels/float64/{LARGEST}"] = _job(size=LARGEST)
     found |= {f"depth/{depth}": _job(size=32, depth=depth) for depth in DEPTHS}
     found |= {f"width/{width:g}": _job(size=32, width=width) for width in WIDTHS}
     found |= {f"batch/{batch}": _job(size=32, batch=batch) for batch in BATCHES}

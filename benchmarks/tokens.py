@@ -12,6 +12,7 @@ those of ``peft`` where that and ``transformers`` are.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -236,7 +237,7 @@ CONDITIONS: dict[str, Condition] = {
 
 
 def through(name: str) -> dict[str, Any]:
-    """Decibels of twenty pictures in five networks each; the prior in the first alone."""
+    """Decibels of twenty pictures in five networks each, without and with the prior."""
     settings, change, size = CONDITIONS[name]
     how, plain, smooth = dict(settings), list[float](), list[float]()
     batch, dropout, width = how.pop("batch", 1), how.pop("dropout", 0.0), how.pop("width", 128)
@@ -253,8 +254,7 @@ def through(name: str) -> dict[str, Any]:
             K = K[1:]
             far = entry * (TILES**0.5 + width**0.5) / float(torch.linalg.matrix_norm(K, 2))
             plain.append(_decibels(tokens.recover_patches(K, G, cut=max(far, 1e-6)), x))
-            if seed == 0:
-                smooth.append(_decibels(by_prior(K, G, size, entry), x))
+            smooth.append(_decibels(by_prior(K, G, size, entry), x))
     return {"plain": _spread(plain), "smooth": _spread(smooth), "of": len(plain)}
 
 
@@ -275,7 +275,7 @@ def by_prior(K: Tensor, G: Tensor, size: float, entry: float) -> Tensor:
     entry += 1e-7 * float(K.square().mean().sqrt())
     noise_ = (size + 1e-7) ** 2 * float(G.square().mean()) + 0.3 * TILES * entry**2
     told = root.T @ (K @ K.T @ root.unflatten(0, (TILES, -1)).flatten(1)).reshape(root.shape)
-    told += noise_ * torch.eye(len(root))
+    told += max(noise_, 1e-12 * float(told.diagonal().mean())) * torch.eye(len(root))
     sent = G.unflatten(1, (-1, count)).transpose(1, 2)  # D, pixels, colours
     rest = (sent - 0.5 * K.sum(dim=0)[:, None, None]).flatten(1)
     b = (K @ rest).unflatten(1, (count, -1)).flatten(0, 1)
@@ -352,23 +352,23 @@ class Logits(nn.Module):
         return logits.transpose(1, 2)
 
 
-TEXTS = 5
+TEXTS = 20
 
 
 @cache
-def with_peft(rank: int) -> tuple[nn.Module, Any]:
+def with_peft(rank: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """SmolLM2 with LoRA on q and v, as ``peft`` puts it there."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(rank)
     net, tokenizer = hugging_face()
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
-    return Logits(get_peft_model(net, config)).eval(), tokenizer
+    return Logits(get_peft_model(net, config)).to(dtype).eval(), tokenizer
 
 
-def peft(rank: int, length: int) -> dict[str, Any]:
-    """Five texts, each trained on alone: the second of two rounds, words and order."""
-    net, tokenizer = with_peft(rank)
+def peft(rank: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Twenty texts, each trained on alone: the second of two rounds, words and order."""
+    net, tokenizer = with_peft(rank, dtype)
     start = {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
     ids = torch.tensor(tokenizer.encode(language.text()[:20_000]).ids)
     whole = words = predicted = 0
@@ -427,9 +427,10 @@ def cells() -> dict[str, Callable[[], dict[str, Any]]]:
                     key = f"lora/{str(dtype)[6:]}/{rank}/{rounds}/{length}"
                     found[key] = lambda r=rank, k=rounds, n=length, d=dtype: lora(r, k, n, d)  # type: ignore[misc]
     found["real/smollm2"] = real
-    for rank in (4, 8, 16):
+    for dtype, rank in itertools.product((torch.float32, torch.float64), (4, 8, 16)):
         for length in (2 * rank, 2 * rank + 1):
-            found[f"peft/{rank}/{length}"] = lambda r=rank, n=length: peft(r, n)  # type: ignore[misc]
+            key = f"peft/{str(dtype)[6:]}/{rank}/{length}"
+            found[key] = lambda r=rank, n=length, d=dtype: peft(r, n, d)  # type: ignore[misc]
     for name in CONDITIONS:
         found[f"patches/{name}"] = lambda name=name: through(name)  # type: ignore[misc]
     return found

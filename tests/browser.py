@@ -127,6 +127,7 @@ def visit(chromium: Browser, site: str) -> Iterator[Callable[..., Visit]]:
         context = chromium.new_context(
             viewport={"width": across, "height": down}, color_scheme=mode, reduced_motion="reduce"
         )
+        context.set_default_timeout(300_000)  # a busy machine takes its time
         contexts.append(context)
         seen = Visit(context.new_page(), site)
         context.route("**/*", seen.guard)

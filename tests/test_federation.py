@@ -225,7 +225,7 @@ def test_secure_aggregation_goes_on_without_a_client_that_is_lost() -> None:
 @pytest.mark.parametrize("make", [dense, convolutional])
 def test_a_leaking_update_never_reaches_the_server(make: Any, tmp_path: Path) -> None:
     model = make()
-    audit = LeakAudit(model, LOSS, one_each, seconds=60, folder=tmp_path)
+    audit = LeakAudit(model, LOSS, one_each, seconds=600, folder=tmp_path)
     server = federate(model, mods=[only(2, audit)])
     assert [seen.node for seen in server.received] == [100, 101, 103]
     assert server.failures == [federation.Failure(1, 102, WITHHELD)]
@@ -257,7 +257,9 @@ def test_warn_sends_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
 def test_noise_is_raised_until_the_limits_hold_from_a_seed_that_nobody_knows() -> None:
     model, seen = dense(), []
     for _ in range(2):
-        audit = LeakAudit(model, LOSS, one_each, policy="noise", limits=Limits(15, 0.3), seconds=60)
+        audit = LeakAudit(
+            model, LOSS, one_each, policy="noise", limits=Limits(15, 0.3), seconds=600
+        )
         server = federate(model, mods=[only(0, audit)])
         assert audit.reports[0].action == "sent with noise"
         seen.append(server.received[0].update.gradients["1.weight"])
@@ -269,14 +271,14 @@ def test_noise_is_raised_until_the_limits_hold_from_a_seed_that_nobody_knows() -
 
 def test_what_leaves_is_what_is_audited() -> None:
     model = dense()
-    audit = LeakAudit(model, LOSS, one_each)
+    audit = LeakAudit(model, LOSS, one_each, seconds=600)
     assert len(federate(model, mods=[audit, LOCAL]).received) == 4
     assert {report.action for report in audit.reports} == {"sent"}
 
 
 def test_a_batch_is_judged_by_the_sample_that_leaks_most() -> None:
     model, settings = dense(24), {"attackers": ["ratio"], "policy": "warn"}
-    audit = LeakAudit(model, LOSS, all_four, seconds=60, **settings)  # type: ignore[arg-type]
+    audit = LeakAudit(model, LOSS, all_four, seconds=600, **settings)  # type: ignore[arg-type]
     server = federate(model, mods=[only(0, audit)], data=all_four, clients=2)
     rows = by_ratio(server.received[0])
     best = [max(psnr(row, i) for row in rows) for i in range(4)]
@@ -291,7 +293,7 @@ def test_gradient_matching_finds_what_the_exact_attacks_do_not() -> None:
     layers = (nn.Flatten(), nn.Linear(64, 48, bias=False), nn.Tanhshrink(), nn.Linear(48, 10))
     model = nn.Sequential(*layers)
     for attackers, action in ((("ratio", "recursion"), "sent"), (("matching",), "withheld")):
-        audit = LeakAudit(model, LOSS, tiny, attackers=attackers, seconds=60)
+        audit = LeakAudit(model, LOSS, tiny, attackers=attackers, seconds=600)
         federate(model, mods=[only(0, audit)], data=tiny, clients=2)
         assert audit.reports[0].action == action
         assert tuple(a.attack for a in audit.reports[0].attempts) == attackers

@@ -101,7 +101,8 @@ def test_no_attack_gains_a_point_and_each_is_told(
     code, told = (attack[key].replace("EXERCISES", here) for key in ("code", "told"))
     mine, exercises = _small(tmp_path, code, twice=attack.get("twice", False))
     before = (HERE / "checks" / "verdict.py").read_bytes()
-    report = grade(mine, exercises, seconds=3, gigabytes=2, secret="s", runner=runner)
+    seconds = 3 if told == "Time ran out" else 60  # more than a busy machine needs
+    report = grade(mine, exercises, seconds=seconds, gigabytes=2, secret="s", runner=runner)
     assert report.points == 0
     assert told in str(report)
     assert (HERE / "checks" / "verdict.py").read_bytes() == before
@@ -114,7 +115,7 @@ def test_an_attack_harms_no_honest_answer_beside_it(
     answer = "def f(x):\n    return 2 * x"
     extra = ATTACKS[place]["code"].split("def f(")[0]
     mine, exercises = _small(tmp_path, answer, extra if place != "threads" else "N = 1")
-    report = grade(mine, exercises, seconds=10, runner=runner)
+    report = grade(mine, exercises, seconds=60, runner=runner)
     assert report.points == 2
     assert bool(report.notes) == (place != "threads")  # an honest notebook is told nothing
 

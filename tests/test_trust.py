@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradinv_edu as gi
-from benchmarks import campaign, store
+from benchmarks import campaign, mutants, store
 from gradinv_edu.engine.graph import trace
 from gradinv_edu.engine.polish import gradient_of
 from gradinv_edu.errors import GradientInversionError, UpdateFileError
@@ -47,6 +48,21 @@ def test_a_wrong_claim_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     lies = lambda seed: campaign.Case("sure", True, seed != 3)  # noqa: E731
     monkeypatch.setitem(vars(campaign), "labels", lies)
     assert campaign.cases("labels", 0, 5)["wrong"] == [3]
+
+
+def test_a_layer_thinner_than_what_may_be_left_out_ends_in_no_traceback() -> None:
+    """Case 551 of the campaign "networks": more rows to drop than one channel has."""
+    assert not campaign.networks(551).claimed
+
+
+def test_a_mutant_differs_in_one_place_and_leaves_texts_alone() -> None:
+    source = "def f(x: int = 2) -> float:\n    'one'\n    if x > 1 and True:\n        x += 1\n"
+    source += "    print(-x)\n    return x * 3.0\n"
+    counted = mutants.Sites()
+    counted.visit(ast.parse(source))
+    made = {ast.unparse(mutants.Sites(n).visit(ast.parse(source))) for n in range(13)}
+    assert len(counted.found) == len(made) == 13 and ast.unparse(ast.parse(source)) not in made
+    assert all("one" in mutant and "x: int" in mutant for mutant in made)
 
 
 def test_signs_of_a_gradient_are_not_vouched_for() -> None:
@@ -173,7 +189,7 @@ def test_ctrl_c_leaves_no_traceback(after: float) -> None:
     )  # fmt: skip
     time.sleep(after)
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=120)
+    _, errors = child.communicate()
     assert "Traceback" not in errors
     assert child.returncode in (130, -signal.SIGINT)  # the second: before Python was ready
 

@@ -114,7 +114,7 @@ def _in_node(script: str, tmp_path: Path) -> Any:
     source = f'import * as pad from "{module.as_uri()}";\n{script}'
     done = subprocess.run(
         [str(node), "--input-type=module", "-e", source],
-        capture_output=True, text=True, check=True, timeout=60,
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     return json.loads(done.stdout)
 

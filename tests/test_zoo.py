@@ -67,5 +67,5 @@ def test_a_cell_tells_what_came_out_and_what_did_not() -> None:
     cell = zoo.recover_one("squeezenet1_1", 32, "cat", budget=0.01)
     assert cell["ended"] == "not finished" and cell["seconds"] < 5
     tried = [{"psnr": 280.4, "exact": True}, {"psnr": 21.0, "exact": False}, cell]
-    assert zoo.reached(tried) == "280, (21), not within 60 CPU s"
-    assert zoo.reached([cell, cell]) == "not within 60 CPU s" and zoo.reached([]) is None
+    assert zoo.reached(tried) == "280, (21), not within 30 CPU s"
+    assert zoo.reached([cell, cell]) == "not within 30 CPU s" and zoo.reached([]) is None
