@@ -19,6 +19,10 @@ function nameControls() {
     }
     list.replaceWith(parameters);
   }
+  // Sentences that a cell prints may wrap on a phone; columns and matrices keep their lines.
+  for (const box of document.querySelectorAll(".cell_output pre")) {
+    box.classList.toggle("sentences", !/\S {2,}\S|^ *(tensor\()?\[/m.test(box.textContent));
+  }
   // What scrolls must be reachable from the keyboard.
   for (const box of document.querySelectorAll(".bd-article :is(pre, div.math, .cell_output .text_html)")) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;

@@ -1,4 +1,4 @@
-"""Drawings of one layer, and of the round that it is sent in: chapters sharing to systems."""
+"""Drawings of one layer, one block, one token, and of the round in which an update is sent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,35 @@ __all__ = [
     "federation",
     "local_steps",
     "neuron",
+    "one_round",
     "outer_product",
+    "residual_block",
+    "token",
     "two_rows",
     "weight_meets_pixels",
 ]
+
+
+def one_round() -> Drawing:
+    """Draw a server above three clients: weights go down, updates come back."""
+    drawing = Drawing(
+        278,
+        "A server above three clients. Solid arrows carry the weights down to the clients, dashed "
+        "arrows carry updates back up; the samples and labels stay in the clients' boxes.",
+    )
+    drawing.frame(8, 8, 364, 80, "known").text(190, 32, "server", "known", "middle")
+    drawing.text(190, 54, "chose the network and its weights θ", "plain", "middle")
+    drawing.text(190, 74, "reads each update, averages them", "plain", "middle")
+    for client, x in enumerate((8, 134, 260), 1):
+        drawing.arrow(x + 46, 92, x + 46, 178, "known")
+        drawing.arrow(x + 66, 178, x + 66, 92, "found", dashed=True)
+        drawing.frame(x, 182, 112, 88, "found")
+        drawing.text(x + 56, 206, f"client {client}", "found", "middle")
+        drawing.text(x + 56, 232, "samples x", "plain", "middle")
+        drawing.text(x + 56, 252, "labels y", "plain", "middle")
+    drawing.text(127, 140, "1 weights θ_{0}", "known", "middle")
+    drawing.text(253, 130, "2 update:", "found", "middle")
+    return drawing.text(253, 150, "g, or θ_{0} − θ_{T}", "found", "middle")
 
 
 def federation() -> Drawing:
@@ -183,3 +208,50 @@ def two_rows() -> Drawing:
     drawing.text(14, 244, "= one output z(ℓ)", "known")
     drawing.text(206, 220, "2x_{00} + x_{01} − x_{02} + …", "found")
     return drawing.text(206, 244, "= one gradient G(t)", "found")
+
+
+def residual_block() -> Drawing:
+    """Draw in which order values and gradients on the edges of a residual block are found."""
+    drawing = Drawing(
+        320,
+        "A residual block as a graph. From x one way leads up through convolution 1, ReLU and "
+        "convolution 2 to a plus sign, the other straight to it; above it is s. Five numbered "
+        "steps begin at convolution 2 and end at x.",
+    )
+    drawing.text(200, 20, "s", "plain", "middle").arrow(200, 52, 200, 26, "known")
+    drawing.circle(200, 68, 14, "+", "known")
+    for y, name in ((108, "conv 2"), (166, "ReLU"), (224, "conv 1")):
+        drawing.box(146, y, 108, name, "known").arrow(200, y, 200, y - 24, "known")
+    drawing.arrow(200, 284, 200, 260, "known").text(200, 300, "x", "plain", "middle")
+    drawing.line(210, 296, 362, 296, "known").line(362, 296, 362, 68, "known")
+    drawing.arrow(362, 68, 216, 68, "known")
+    drawing.text(8, 122, "1 read blind: its", "found").text(8, 140, "input and its k", "found")
+    drawing.arrow(166, 144, 166, 222, "found", dashed=True)
+    drawing.text(8, 180, "2 k goes down", "found").text(8, 198, "to conv 1", "found")
+    drawing.text(8, 238, "3 solved by", "found").text(8, 256, "channel: x", "found")
+    drawing.arrow(346, 76, 346, 288, "found", dashed=True)
+    drawing.text(262, 180, "4 the k of s,", "found").text(262, 198, "unchanged", "found")
+    drawing.arrow(166, 260, 186, 288, "found", dashed=True)
+    return drawing.text(8, 308, "5 k of x: both parts", "found")
+
+
+def token() -> Drawing:
+    """Draw what one token's gradient is to its position, and what to the layer all share."""
+    drawing = Drawing(
+        276,
+        "A patch goes up through the shared layer E, a position is added, and the sum enters the "
+        "transformer. On the way back the token's gradient k arrives at the sum: the position gets "
+        "k itself, and E gets the sum over all tokens of k times the patch.",
+    )
+    drawing.box(112, 8, 156, "everything above", "known")
+    drawing.arrow(182, 84, 182, 46, "known").arrow(198, 46, 198, 84, "found", dashed=True)
+    drawing.text(208, 72, "k_{t}", "found").circle(190, 100, 14, "+", "known")
+    drawing.box(290, 83, 82, "E^{pos}_{t}", "known")
+    drawing.arrow(288, 94, 208, 94, "known").arrow(208, 108, 288, 108, "found", dashed=True)
+    drawing.text(372, 140, "its gradient: k_{t}", "found", "end")
+    drawing.arrow(182, 158, 182, 118, "known").arrow(198, 116, 198, 158, "found", dashed=True)
+    drawing.text(208, 150, "k_{t}", "found")
+    drawing.box(140, 162, 100, "E, shared", "known").arrow(190, 232, 190, 200, "known")
+    drawing.text(8, 168, "its gradient:", "found").text(8, 190, "Σ k_{t} x_{t}^{⊤},", "found")
+    drawing.text(8, 212, "over all tokens", "found")
+    return drawing.box(140, 234, 100, "patch x_{t}", "plain")

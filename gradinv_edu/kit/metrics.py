@@ -140,9 +140,9 @@ def clustered_rate(groups: Iterable[Iterable[bool]], confidence: float = 0.95) -
 def wilson_interval(
     successes: int, trials: int, confidence: float = 0.95, independent: int | None = None
 ) -> tuple[float, float]:
-    r""":math:`\frac{1}{1 + q^2/n}\bigl(\hat p + \tfrac{q^2}{2n} \pm q\sqrt{\tfrac{\hat p(1-\hat p)}{n} + \tfrac{q^2}{4n^2}}\bigr)`.
+    r""":math:`\frac{1}{1 + c^2/n}\bigl(\hat p + \tfrac{c^2}{2n} \pm c\sqrt{\tfrac{\hat p(1-\hat p)}{n} + \tfrac{c^2}{4n^2}}\bigr)`.
 
-    All rates that would not make this count improbable, with the normal quantile :math:`q` at
+    All rates that would not make this count improbable, with the normal quantile :math:`c` at
     :math:`(1 + \text{confidence})/2`: unlike the usual plus or minus, it stays within [0, 1] and
     does not shrink to nothing where every trial succeeds. Implements :eq:`wilson-interval`.
 
@@ -165,11 +165,11 @@ def wilson_interval(
         raise InvalidArgumentError(
             f"{successes} successes of {trials} trials cannot be: give 0 to trials, of 1 or more."
         )
-    checks.number(confidence, "confidence", "between 0 and 1", lambda c: 0 < c < 1)
+    checks.number(confidence, "confidence", "between 0 and 1", lambda share: 0 < share < 1)
     p, n = successes / trials, trials if independent is None else independent
-    q = float(norm.ppf((1 + confidence) / 2))
-    middle, reach = p + q * q / (2 * n), q * math.sqrt(p * (1 - p) / n + (q / (2 * n)) ** 2)
-    low, high = ((middle + side * reach) / (1 + q * q / n) for side in (-1, 1))
+    c = float(norm.ppf((1 + confidence) / 2))
+    middle, reach = p + c * c / (2 * n), c * math.sqrt(p * (1 - p) / n + (c / (2 * n)) ** 2)
+    low, high = ((middle + side * reach) / (1 + c * c / n) for side in (-1, 1))
     return max(min(low, p), 0.0), min(max(high, p), 1.0)  # rounding apart
 
 
