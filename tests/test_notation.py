@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
+EXERCISES = sorted((ROOT / "exercises" / "source").glob("*/*.ipynb"))
 PAGE = (ROOT / "book" / "notation.md").read_text()
 MATH = re.compile(
     r"`{3}\{math\}(.*?)`{3}|:::\{math\}(.*?):::|\$\$(.*?)\$\$|\$([^$\n]+)\$", re.DOTALL
@@ -25,7 +26,7 @@ FORMER = {
     r"k: output gradients of a batch": r"\bK(\\,)? ?X\b|\bK\^\\top X|\bK S_t",
     r"U, R, Q: factors of a batch": r"\bL ?R\b|\bL(\\,)? ?Q\b|\bl_j\b",
     r"C': filters, F: side of a kernel": r"\bF P\b|- F\^2|c f\^2",
-    r"p_drop: rate of dropout": r"1 ?- ?p(?!_|\w)|\bp\^T",
+    r"p_drop: rate of dropout": r"\{1 ?- ?p\}|/ ?\(1 ?- ?p\)|\bp\^T",
     r"g_max: clipping norm": r"C ?/ ?\\lVert g|\bC\^2 *\)|\b2C\b",
     r"\Sigma: covariance": r"C A\^\\top|A\\?,? ?C A",
     r"|\theta|: number of parameters": r"\bp ?[<>] ?n\b|\bn ?[<>] ?p\b",
@@ -62,7 +63,7 @@ def test_a_symbol_is_defined_once() -> None:
 @pytest.mark.parametrize("now", FORMER)
 def test_no_letter_has_its_former_meaning(now: str) -> None:
     former = re.compile(FORMER[now])
-    sources = [*CHAPTERS, *sorted((ROOT / "gradinv_edu").rglob("*.py"))]
+    sources = [*CHAPTERS, *EXERCISES, *sorted((ROOT / "gradinv_edu").rglob("*.py"))]
     found = [
         f"{path.name}: {math}" for path in sources for math in _told(path) if former.search(math)
     ]
