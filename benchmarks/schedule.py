@@ -114,7 +114,7 @@ def attack(
     if attacker == "recursion":
         try:
             recovery = gi.recover(net, update, (1, 8, 8), CE)
-        except gi.errors.InconsistentGradientError:
+        except (gi.errors.InconsistentGradientError, gi.errors.NotRecoveredError):
             return torch.full((1, 1, 8, 8), 0.5).double(), torch.tensor([-1])
         assert recovery.targets is not None
         return recovery.inputs, recovery.targets

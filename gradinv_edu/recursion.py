@@ -194,7 +194,8 @@ def recover(
     InconsistentGradientError
         If no input of this model explains the gradient.
     NotRecoveredError
-        If the last layer's gradient cannot be taken apart into ``batch_size`` samples.
+        If the last layer's gradient cannot be taken apart into ``batch_size`` samples, or nothing
+        leads on from a layer that is not determined.
 
     Notes
     -----
@@ -286,14 +287,18 @@ class _Recursion:
             try:
                 found.append(self._candidate(walk, start, polish))
             except InconsistentGradientError as error:
-                failures.append((len(walk.reports), start, error))
+                failures.append((len(walk.reports), start, walk.blamed(error)))
         if not found:
             if len(failures) == 1:
                 raise failures[0][2]
             # the branch that got farthest, once more, without turning back at a contradiction
             _, start, _ = max(failures, key=lambda f: f[0])
             self.ended.clear()
-            found.append(self._candidate(self.walk(), start, polish))
+            walk = self.walk()
+            try:
+                found.append(self._candidate(walk, start, polish))
+            except InconsistentGradientError as error:
+                raise walk.blamed(error) from error
         explaining = [c for c in found if c.mismatch is None or c.mismatch <= self._explains]
         best = sorted(explaining or found, key=_doubts)
         exact = len(best) == 1 and bool(explaining) and best[0].determined and not best[0].hidden

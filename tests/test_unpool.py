@@ -20,6 +20,7 @@ from gradinv_edu.engine.winners import Winners, find_winners, windows
 from gradinv_edu.errors import (
     InconsistentGradientError,
     InvalidTensorError,
+    NotRecoveredError,
     UnsupportedLayerError,
     VanishingGradientError,
 )
@@ -279,7 +280,7 @@ def test_bad_arguments_are_refused() -> None:
         Folded(case.conv, (4, 12, 10))
     with pytest.raises(VanishingGradientError, match="weight_gradient"):
         case.solve(gradient=0 * case.gradient)
-    with pytest.raises(InconsistentGradientError, match="No window"):
+    with pytest.raises(InconsistentGradientError, match="leads below it"):
         case.solve(value=0 * case.value)
     for module, text in (
         (nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4)), "not above Conv2d"),
@@ -327,3 +328,23 @@ def test_near_ties_are_left_to_the_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.verified and distance(found.solution.x, x) < 1e-9
     monkeypatch.setattr(unpool, "FREED", 0)
     assert not case.solve(rounds=20).verified
+
+
+@pytest.mark.parametrize(("filters", "error"), [(1, NotRecoveredError), (40, None)])
+def test_below_an_answer_in_doubt_nothing_is_blamed_on_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, filters: int, error: type[Exception] | None
+) -> None:
+    def contradicted(*_: object, **__: object) -> None:
+        raise InconsistentGradientError("as a search would say")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, filters, 2), nn.LeakyReLU(),
+        nn.Flatten(), nn.Linear(9 * filters, 5),
+    ).double()  # fmt: skip
+    loss, x = nn.CrossEntropyLoss(), torch.rand(1, 1, 10, 10).double()
+    update = gi.observe(model, loss, x, torch.tensor([2]))
+    monkeypatch.setattr("gradinv_edu.engine.unpool.solve", contradicted)
+    with pytest.raises(error or InconsistentGradientError, match="as a search would say") as caught:
+        gi.recover(model, update, (1, 10, 10), loss)
+    assert ("is not determined" in str(caught.value)) == bool(error)

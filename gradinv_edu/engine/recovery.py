@@ -9,7 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import InconsistentGradientError, InvalidTensorError, UndeterminedScaleError
+from ..errors import (
+    GradientInversionError,
+    InconsistentGradientError,
+    InvalidTensorError,
+    NotRecoveredError,
+    UndeterminedScaleError,
+)
 from ..systems import LayerSystem
 from . import blind, block, dense, kinks, normalised, preimages, unpool, unpool_normed
 from .edges import Edges
@@ -92,6 +98,15 @@ class Recovering(Walk):
         last = self.reports[-1:]
         loose = any(r.residual <= self.consistent and r.error > self.accurate for r in last)
         return loose or not self.full_rank
+
+    def blamed(self, error: InconsistentGradientError) -> GradientInversionError:
+        """Below an answer in doubt, what does not fit says nothing of the gradient."""
+        if not self.doubtful:
+            return error
+        return NotRecoveredError(
+            f"{self.reports[-1].name} is not determined by its equations, and what was found for "
+            f"it leads no further: {error}"
+        )
 
     def determined(self, mismatch: float = math.inf) -> bool:
         """Whether every layer was determined, and consistent within the gradient's precision.
