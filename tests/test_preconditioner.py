@@ -144,7 +144,10 @@ def test_equations_of_which_a_few_changed_start_from_the_answer_before() -> None
     first = layer.solve(z, G + 1e-3 * normal(G.shape, 5), max_iterations=10_000)
     again = layer.solve(z, G, before=first)
     assert again.full_rank and distance(again.x, x) < 1e-10
-    assert again.smallest_singular_value == first.smallest_singular_value
+    # no second dye: the first one's value, or what these steps see below it
+    low, known = again.smallest_singular_value, first.smallest_singular_value
+    assert 0.99 * known <= low <= known
+    assert again.iterations - first.iterations < layer.solve(z, G).iterations
 
 
 def test_a_recovery_that_runs_out_of_time_says_so_and_gives_what_it_has() -> None:

@@ -140,8 +140,8 @@ def least_squares(
     progress : callable, optional
         Called with iterations done and the normal equations' residual.
     before : Solution, optional
-        Of equations of which a few were wrong: where to start from, and its rank and singular
-        values are kept.
+        Of equations of which a few were wrong: where to start from; its rank is kept, and its
+        singular values where these steps see none beyond.
     """
     n = A.like.numel()
     if dense if dense is not None else n <= DENSE:
