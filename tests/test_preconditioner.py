@@ -147,7 +147,8 @@ def test_equations_of_which_a_few_changed_start_from_the_answer_before() -> None
     # no second dye: the first one's value, or what these steps see below it
     low, known = again.smallest_singular_value, first.smallest_singular_value
     assert 0.99 * known <= low <= known
-    assert again.iterations - first.iterations < layer.solve(z, G).iterations
+    cold = layer.solve(z, G, max_iterations=10_000)
+    assert again.iterations - first.iterations < 0.7 * cold.iterations
 
 
 def test_a_recovery_that_runs_out_of_time_says_so_and_gives_what_it_has() -> None:
