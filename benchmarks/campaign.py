@@ -17,8 +17,6 @@ from .measure import Job, Options, fill, rounded
 from .page import cells, table
 
 SECTION, SECONDS = "trust", 30.0  # of the clock, for one recovery
-
-
 DENIAL = "InconsistentGradientError"  # "no input explains this": of an honest update no true word
 
 
@@ -250,9 +248,9 @@ def guard(seed: int) -> Case:
     app = federation.client_app(model, LOSS, lambda _: (x, y), [audit])
     plain = federation.client_app(model, LOSS, lambda _: (x, y))
     seen = []
+    logging.getLogger("gradinv_edu.federation").setLevel(logging.CRITICAL)
     with torch.random.fork_rng(), federation.quiet(logging.CRITICAL):
         for client in (app, plain):
-            logging.getLogger("gradinv_edu.federation").setLevel(logging.CRITICAL)
             torch.manual_seed(seed)
             one = {"min_available_nodes": 1, "min_train_nodes": 1, "fraction_evaluate": 0.0}
             server = federation.CuriousServer(FedAvg(**one), copy.deepcopy(model))

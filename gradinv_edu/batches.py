@@ -17,12 +17,7 @@ from . import checks
 from .checks import checked
 from .engine.losses import count_labels, possible_labels, recover_outputs
 from .engine.low_rank import Factors, low_rank_factors, machine_epsilon, require_bias
-from .engine.sparse import (
-    Progress,
-    null_vectors,
-    sparse_basis,
-    sparse_directions,
-)
+from .engine.sparse import Progress, null_vectors, sparse_basis, sparse_directions
 from .errors import InconsistentGradientError, InvalidArgumentError, NotRecoveredError
 
 __all__ = [

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..systems import LayerSystem
-from .layers import weight_names
+from .layers import Rule, weight_names
 from .solve import Solution
 
-__all__ = ["misread", "settle", "told_by_sums"]
+__all__ = ["in_doubt", "misread", "settle", "told_by_sums"]
 
 COSINE = 0.5  # of the best match: what chance alone does not reach
 ASIDE = 0.5  # of the best match, that another filter's must have to be turned along
@@ -169,3 +169,9 @@ def settle(
             break
         system, solution, turn = turned, again, torch.where(found, -turn, turn)
     return system, solution, int((system.k != first).sum())
+
+
+def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:
+    """Units that noise may have put on the wrong side of a kink: near it, or read as silent."""
+    known = rule.undo(rule.clamp(outputs), "", noise).known
+    return (outputs.abs() <= reach) | ~known

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from . import edge_norms
+from . import edge_norms, kinks
 from .layers import Rule, rule_of
 from .layers.branches import Block, Concatenation, Node, Product, Sum
 from .layers.norms import Norm
 
-__all__ = ["Part", "Propagation", "in_doubt", "pull", "total"]
+__all__ = ["Part", "Propagation", "pull", "total"]
 
 Part = tuple[Tensor, Tensor]  # a value, and where it is known
 
@@ -167,7 +167,7 @@ class Propagation:
             turn = rule.turn(value, k, self.noise)
             if turn is not None:
                 reach = 10 * self.noise * float(value.square().mean().sqrt())
-                self.turns[node.sources[0]] = turn * in_doubt(rule, value, self.noise, reach)
+                self.turns[node.sources[0]] = turn * kinks.in_doubt(rule, value, self.noise, reach)
 
     def _rise(self, place: int, node: Node) -> None:
         """The chain rule the other way, where an entry below has one entry above."""
@@ -238,12 +238,6 @@ class Propagation:
     def _straight(self, place: int) -> bool:
         """Whether a layer hands its gradient down entry by entry, whatever the values."""
         return self.rules[place].scales or isinstance(self.block.layers[place], Sum)
-
-
-def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:
-    """Units that noise may have put on the wrong side of a kink: near it, or read as silent."""
-    known = rule.undo(rule.clamp(outputs), "", noise).known
-    return (outputs.abs() <= reach) | ~known
 
 
 def total(own: Tensor | None, norm: Rule | None, bias: Tensor | None) -> Tensor | None:

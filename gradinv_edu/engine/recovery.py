@@ -37,7 +37,7 @@ from .layers.convolution import Conv
 from .layers.norms import GroupNorm, Norm, RunningNorm
 from .norm_system import NormSystem, Sent
 from .progress import bar
-from .propagation import in_doubt, total
+from .propagation import total
 from .reports import TOLERANCES, LayerReport, error_of
 from .solve import Solution
 from .walk import Group, Stack, State, Walk, positive
@@ -142,7 +142,7 @@ class Recovering(Walk):
             turn = step.rule.turn(state.value, state.k, state.noise)
         if turn is not None:
             reach = max(state.error, 10 * state.noise) * state.value.square().mean().sqrt()
-            turn = turn * in_doubt(step.rule, state.value, state.noise, float(reach))
+            turn = turn * kinks.in_doubt(step.rule, state.value, state.noise, float(reach))
         if self.doubtful:  # it may lie outside the range
             state = replace(state, value=step.rule.clamp(state.value))
         if step.rule.random:
