@@ -120,7 +120,7 @@ def within(budget: float) -> Iterator[None]:
 
 
 def network(name: str, size: int, seed: int = 0, dtype: str = "float64", mode: str = "eval") -> Any:
-    """As torchvision draws it, ten classes."""
+    """As torchvision draws it, ten classes; a head of zeros (ViT's) as a first step leaves it."""
     import torch
     import torchvision
 
@@ -128,6 +128,9 @@ def network(name: str, size: int, seed: int = 0, dtype: str = "float64", mode: s
     words = {"size": size, "sizes": (size, size)}
     told = {k: words.get(v, v) for k, v in FAMILIES.get(name, (0, {}))[1].items()}
     net = getattr(torchvision.models, name)(weights=None, num_classes=CLASSES, **told)
+    head = [m for m in net.modules() if isinstance(m, torch.nn.Linear)][-1:]
+    if head and not head[0].weight.any():
+        torch.nn.init.normal_(head[0].weight, std=0.02)
     return net.train(mode == "train").to(getattr(torch, dtype))
 
 

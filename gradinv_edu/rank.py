@@ -269,18 +269,21 @@ def audit(
 
 def _by_positions(embedding: patches.PatchEmbedding, model: nn.Module) -> Audit:
     """A vision transformer: its position embedding's gradient is every token's own."""
-    exact, notes = embedding.rank == embedding.unknowns, []
-    head = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if head and not bool(head[-1].weight.any()):
-        notes = ["the head's weights are zero: its first gradient says nothing of what is below"]
+    determined, stops = embedding.rank == embedding.unknowns, list[Stop]()
+    head = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
+    for name, last in head:
+        if not bool(last.weight.any()):
+            why = "its weights are zero: until a step has moved them, no gradient passes it"
+            stops.append(Stop(name, type(last).__name__, why))
     equations = (embedding.width - 1) * (embedding.unknowns // embedding.tokens)
     layer = LayerAudit(
-        embedding.name, "patches", embedding.unknowns, 0, equations, embedding.rank, "law", exact
-    )
+        embedding.name, "patches", embedding.unknowns, 0, equations, embedding.rank, "law",
+        determined,
+    )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     return Audit(
-        type(model).__name__, embedding.input_shape, parameters, (layer,), (), exact,
-        embedding.name, None, tuple(notes),
+        type(model).__name__, embedding.input_shape, parameters, (layer,), tuple(stops),
+        determined and not stops, embedding.name, None, (),
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def observe(
                 pairs = zip(gradient(0), weights, strict=True)
                 sent = [g.add(w.detach(), alpha=weight_decay) for g, w in pairs]
             else:
-                start, step = [w.detach().clone() for w in weights], _optimizer(weights, update)
+                start, step = [w.detach().clone() for w in weights], stepping(weights, update)
                 for t in range(local_steps):
                     pulls = gradient(t)
                     with torch.no_grad():
@@ -170,8 +170,8 @@ def without_weight_decay(model: nn.Module, update: Update) -> Update:
     return replace(update, gradients=gradients, weight_decay=0.0)
 
 
-def _optimizer(weights: list[Tensor], u: Update) -> Callable[[list[Tensor]], None]:
-    """One step of the client's optimiser, in torch's own arithmetic."""
+def stepping(weights: list[Tensor], u: Update) -> Callable[[list[Tensor]], None]:
+    """Return one step of the client's optimiser, in torch's arithmetic; it takes gradients."""
     known: dict[str, Any] = {"lr": u.learning_rate, "weight_decay": u.weight_decay}
     known |= {"maximize": False, "foreach": False}
     if u.optimizer == "sgd":

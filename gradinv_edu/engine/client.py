@@ -20,7 +20,7 @@ from ..errors import (
     InvalidTensorError,
     UnknownNameError,
 )
-from ..sharing import Loss, Update
+from ..sharing import Loss, Update, stepping
 from . import attackers
 from .progress import Deadline, OutOfTime
 from .received import Answer, Received
@@ -161,14 +161,15 @@ def client_app(model: nn.Module, loss: Loss, data: Data, mods: Sequence[Any] = (
         names = client.state_dict() if older else weights
         client.load_state_dict(dict(zip(names, weights.values(), strict=True)))
         schedule = Schedule.read(config)
-        decay, rate = schedule.weight_decay, schedule.learning_rate
-        optimizer = torch.optim.SGD(client.parameters(), rate, schedule.momentum, 0.0, decay)
-        size = schedule.batch_size or len(inputs)
+        trained = [p for p in client.parameters() if p.requires_grad]
+        size, step = schedule.batch_size or len(inputs), stepping(trained, schedule.update({}, 1))
         for _ in range(schedule.local_epochs):
             for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
-                optimizer.zero_grad()
-                torch.autograd.backward(loss(client(x), y))
-                optimizer.step()
+                gradients = torch.autograd.grad(
+                    loss(client(x), y), trained, allow_unused=True, materialize_grads=True
+                )
+                with torch.no_grad():
+                    step([*gradients])
         return Message(_answer(client.state_dict(), len(inputs), older), reply_to=message)
 
     return app
