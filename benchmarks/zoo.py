@@ -20,7 +20,7 @@ from .measure import Job, Options, fill, forget_peak, memory, rounded
 from .page import cells, table
 
 ZOO, RATES = "zoo", "rates"
-AUDITED, BUDGET, LONG = 10, 30, 120  # CPU seconds of an audit, a recovery, one of the rates
+AUDITED, BUDGET, LONG = 60, 30, 120  # CPU seconds of an audit, a recovery, one of the rates
 WALL = 900.0  # of a process, on a machine that others use
 PHOTOS = ("rocket", "cat", "coffee")
 SIZES, MODES = (32, 64, 224), ("eval", "train")

@@ -408,6 +408,16 @@ class ScaledSystem:
                 part *= mask.reshape(-1, 1)
         return rows
 
+    def blocks(self, groups: int) -> Tensor:
+        """One matrix a group of channels, ``(groups, equations, unknowns)``: no other reads it."""
+        each = self.like.numel() // groups
+
+        def seen(unit: Tensor) -> Tensor:  # the same entry of every group at once
+            rows = self.forward(unit.repeat(groups).reshape(self.like.shape))
+            return torch.cat([rows.z.reshape(groups, -1), rows.g.reshape(groups, -1)], dim=1)
+
+        return torch.stack([seen(unit) for unit in torch.eye(each).to(self.like)], dim=2)
+
 
 def _columns(rows: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)

@@ -9,8 +9,9 @@ import torch
 from problems import Shape, distance, mask, normal, problem
 from torch import Tensor, nn
 
+from gradinv_edu.engine.solve import rank_of
 from gradinv_edu.errors import InvalidTensorError, UnsupportedLayerError
-from gradinv_edu.systems import LayerSystem
+from gradinv_edu.systems import LayerSystem, ScaledSystem
 
 CONV = nn.Conv2d(1, 4, 3, padding=1)
 
@@ -42,6 +43,18 @@ def test_a_determined_layer_gives_its_input_and_lstsq_s_answer_under_noise(name:
         noisy = system.solve(z, g, dense=dense)
         assert distance(noisy.x, wanted) < 1e-9
         assert noisy.residual == pytest.approx(rest, rel=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_groups_of_channels_are_blocks_of_the_matrix(masked: bool) -> None:
+    conv = nn.Conv2d(6, 12, 3, groups=3, stride=2, padding=1, dtype=torch.float64)
+    k = normal((1, 12, 3, 3), 1)
+    system = ScaledSystem(LayerSystem(conv, k, (6, 5, 5), mask(k.shape, 2) if masked else None))
+    blocks, whole = system.blocks(3), system.matrix()
+    assert blocks.numel() == whole.numel() / 3
+    values = torch.linalg.svdvals(blocks).flatten().sort(descending=True).values
+    assert distance(values, torch.linalg.svdvals(whole)) < 1e-13
+    assert rank_of(blocks) == rank_of(whole)
 
 
 def test_a_sample_without_its_batch_dimension() -> None:

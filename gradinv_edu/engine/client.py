@@ -161,7 +161,7 @@ def client_app(model: nn.Module, loss: Loss, data: Data, mods: Sequence[Any] = (
         names = client.state_dict() if older else weights
         client.load_state_dict(dict(zip(names, weights.values(), strict=True)))
         schedule = Schedule.read(config)
-        trained = [p for p in client.parameters() if p.requires_grad]
+        trained: list[Tensor] = [p for p in client.parameters() if p.requires_grad]
         size, step = schedule.batch_size or len(inputs), stepping(trained, schedule.update({}, 1))
         for _ in range(schedule.local_epochs):
             for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):

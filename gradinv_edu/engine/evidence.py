@@ -105,11 +105,10 @@ class Layer:
         module = self.group.module
         return sum(module.get_parameter(name).numel() for name in weight_names(module))
 
-    @property
-    def writable(self) -> bool:
-        """Whether the equations may be written out as a matrix."""
-        rows = self.k.numel() + self.gradient_equations
-        return self.unknowns <= INERTIA and self.unknowns * rows <= ENTRIES
+    def writable(self, groups: int = 1) -> bool:
+        """Whether the equations may be written out as a matrix, or as one a group."""
+        rows, unknowns = self.k.numel() + self.gradient_equations, self.unknowns // groups
+        return unknowns <= INERTIA and unknowns * rows <= ENTRIES
 
     @property
     def system(self) -> LayerSystem:
@@ -171,10 +170,14 @@ def blind(layer: Layer) -> LayerAudit | None:
 
 
 def written(layer: Layer) -> LayerAudit | None:
-    """Singular values of a small matrix."""
-    if layer.unknowns > DENSE or not layer.writable:
+    """Singular values of a small matrix, or of one a group of channels that see no other's."""
+    groups = getattr(layer.group.module, "groups", 1)
+    if layer.unknowns > groups * DENSE or not layer.writable(groups):
         return None
-    rank = rank_of(system_matrix(layer.system))
+    if groups == 1:
+        rank = rank_of(system_matrix(layer.system))
+    else:
+        rank = rank_of(ScaledSystem(layer.system).blocks(groups))
     return layer.told(rank, "svd", rank == layer.unknowns)
 
 
@@ -207,7 +210,7 @@ def iterative(layer: Layer) -> LayerAudit | None:
 
 def inertia(layer: Layer) -> LayerAudit | None:
     """Signs of a factorisation count the rank of a matrix that can be written out."""
-    if not layer.writable:
+    if not layer.writable():
         return None
     rank = inertia_rank(system_matrix(layer.system))
     return layer.told(rank, "inertia", rank == layer.unknowns)

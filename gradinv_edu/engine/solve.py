@@ -362,8 +362,8 @@ class Preconditioned:
 
 
 def rank_of(A: Tensor) -> int:
-    """Rank of a matrix: by SVD while that is cheap, else by inertia."""
-    if min(A.shape) > DENSE:
+    """Rank of a matrix, or of blocks along a diagonal: by SVD while cheap, else by inertia."""
+    if min(A.shape[-2:]) > DENSE:
         return inertia_rank(A if A.shape[0] >= A.shape[1] else A.T)
     values = torch.linalg.svdvals(A)
     return int((values > TOLERANCE * values.max()).sum()) if values.numel() else 0
