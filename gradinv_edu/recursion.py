@@ -173,7 +173,7 @@ def recover(
         Show a bar for each layer that is solved iteratively.
     seconds : float, optional
         Time after which the recursion goes no further and gives what it has
-        (``Recovery.ran_out``); no limit by default.
+        (``Recovery.ran_out``), NaN where it came to no input; no limit by default.
     walk : type
         A subclass goes down otherwise; the book takes single abilities out of it.
 
