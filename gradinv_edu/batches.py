@@ -228,7 +228,7 @@ def forward_agreement(
     weight_gradient: Float[Tensor, " m n"],
     inputs: Float[Tensor, " batch n"],
 ) -> float:
-    r""":math:`[k_{nj} \neq 0] = [w_j \cdot x_n + b_j > 0]`: in what share of rows this holds.
+    r""":math:`[k_{nj} \neq 0] = [W_j \cdot x_n + b_j > 0]`: in what share of rows this holds.
 
     The forward pass tells which units each recovered sample switches on; with ``kᵀ = G X⁺`` the
     gradient tells it again. For the samples themselves both agree in all rows that are not zero.

@@ -198,24 +198,24 @@ def untied(
 
 @checked
 def adapter_capacity(rank: int, adapters: int, rounds: int, width: int) -> int:
-    r""":math:`\min\bigl(D,\; r \cdot a \cdot (R - 1)\bigr)` distinct inputs, for ``R`` rounds.
+    r""":math:`\min\bigl(D,\; \text{rank}\cdot\text{adapters}\cdot(\text{rounds} - 1)\bigr)` inputs.
 
     LoRA's ``W = W₀ + BA`` begins with B = 0, so A's gradient ``Bᵀ Σ k uᵀ`` is zero in the first
-    round. From the second on, each of ``a`` adapters that read the same stream shows r rows of
+    round. From the second on, each adapter that reads the same stream shows ``rank`` rows of
     the inputs' span; in the first block the inputs stay, and rounds on the same data add up.
     Implements :eq:`adapter-law`.
 
     Parameters
     ----------
     rank, adapters, rounds, width : int
-        r, a, R and D. InvalidArgumentError if one is not a whole number, 1 or more.
+        Width is D. InvalidArgumentError if one is not a whole number, 1 or more.
 
     >>> adapter_capacity(8, 2, 2, 576)
     16
     """
-    r, a = checks.whole(rank, "rank"), checks.whole(adapters, "adapters")
-    R, D = checks.whole(rounds, "rounds"), checks.whole(width, "width")
-    return min(D, r * a * (R - 1))
+    for value, name in ((rank, "rank"), (adapters, "adapters"), (rounds, "rounds")):
+        checks.whole(value, name)
+    return min(checks.whole(width, "width"), rank * adapters * (rounds - 1))
 
 
 @checked

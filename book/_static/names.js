@@ -20,8 +20,18 @@ function nameControls() {
     list.replaceWith(parameters);
   }
   // Sentences that a cell prints may wrap on a phone; columns and matrices keep their lines.
-  for (const box of document.querySelectorAll(".cell_output pre")) {
-    box.classList.toggle("sentences", !/\S {2,}\S|^ *(tensor\()?\[/m.test(box.textContent));
+  for (const box of document.querySelectorAll(".cell_output pre:not(.sentences, :has(.sentence))")) {
+    const lines = box.textContent.split("\n");
+    const wraps = lines.map((line) => line.length > 70 || !/\S {2,}\S|^ *(tensor\()?\[/.test(line));
+    if (wraps.every(Boolean)) box.classList.add("sentences");
+    else if (![...box.children].some((child) => child.textContent)) {
+      box.replaceChildren(...lines.flatMap((line, i) => {
+        const part = document.createElement("span");
+        if (wraps[i]) part.className = "sentence";
+        part.textContent = line;
+        return i ? ["\n", part] : [part];
+      }));
+    }
   }
   // What scrolls must be reachable from the keyboard.
   for (const box of document.querySelectorAll(".bd-article :is(pre, div.math, .cell_output .text_html)")) {

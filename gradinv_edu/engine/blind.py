@@ -64,11 +64,11 @@ def solve(
     centred: bool = False,
     noise: float = 0.0,
 ) -> Blind | None:
-    r""":math:`\partial L/\partial W_t = k\, S_t A`: both factors from the taps of one gradient.
+    r""":math:`\partial L/\partial W_t = k\, S_t X`: both factors from the taps of one gradient.
 
-    ``S_t`` shifts the map by tap ``t``, ``A`` holds the input, ``(positions, channels)``, and
+    ``S_t`` shifts the map by tap ``t``, ``X`` holds the input, ``(positions, channels)``, and
     ``k`` the output gradient, ``(filters, positions)``. Projected on the leading singular vectors
-    of all taps, ``B_t = T_0⁻¹ T_t = Y S_t Y⁻¹``: the same unknown ``Y`` turns every known shift
+    of all taps, ``T_0⁻¹ T_t = Y S_t Y⁻¹``: the same unknown ``Y`` turns every known shift
     into what was received. The eigenvectors of one combination of taps give ``Y`` up to a scale
     each; the other taps tie these scales together, and ``Σ_p k`` fixes the last.
     Implements :eq:`blind`.
@@ -87,7 +87,7 @@ def solve(
         ``(channels, *positions)``.
     centred : bool
         Whether each filter's ``k`` adds up to zero, as under a batch norm of its own statistics:
-        ``K`` then spans one dimension less, and all taps together give both factors.
+        ``k`` then spans one dimension less, and all taps together give both factors.
     noise : float
         Relative noise of the gradient.
 

@@ -53,9 +53,9 @@ class Span:
 
 
 def chance(candidates: int, tolerance: float, dimension: int, rank: int) -> float:
-    r""":math:`V \rho^g\, \Gamma(D/2) / (\Gamma(g/2 + 1)\, \Gamma(r/2))` pass by chance.
+    r""":math:`V \rho^\nu\, \Gamma(D/2) / (\Gamma(\nu/2 + 1)\, \Gamma((D - \nu)/2))` pass by chance.
 
-    The share of a sphere near a subspace, for a small tolerance ρ and the gap :math:`g = D - r`.
+    The share of a sphere near a subspace, for a small tolerance ρ; it lacks ν of D dimensions.
     Implements :eq:`span-chance`.
     """
     checks.number(tolerance, "tolerance", "a number, zero or more", lambda v: v >= 0)
