@@ -144,7 +144,7 @@ def recover_input_as_dense(
     input_shape: tuple[int, ...],
     reading: str = "filters",
 ) -> Tensor:
-    r""":math:`\hat x^\top = g_b^\top\, \partial L/\partial W \,/\, \lVert g_b \rVert^2,\; g_b = \partial L/\partial b`.
+    r""":math:`\hat x^\top = g_b^\top G / \lVert g_b \rVert^2`, from the two gradients.
 
     The bias ratio of a dense layer, applied to a convolution whose filters are stacked to a
     matrix. It sees the signed mean of :eq:`fan-mean-patch`, not the input, and gives the input

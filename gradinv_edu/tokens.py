@@ -198,7 +198,7 @@ def untied(
 
 @checked
 def adapter_capacity(rank: int, adapters: int, rounds: int, width: int) -> int:
-    r""":math:`\min\bigl(D,\; \text{rank}\cdot\text{adapters}\cdot(\text{rounds} - 1)\bigr)` inputs.
+    r""":math:`\min\bigl(D, \text{rank}\cdot\text{adapters}\cdot(\text{rounds}-1)\bigr)` inputs.
 
     LoRA's ``W = W₀ + BA`` begins with B = 0, so A's gradient ``Bᵀ Σ k uᵀ`` is zero in the first
     round. From the second on, each adapter that reads the same stream shows ``rank`` rows of
