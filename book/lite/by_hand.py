@@ -31,7 +31,8 @@ print("sent:", ((start - w) / rate).round(6), " weighted sum:", total.round(6))
 # %%
 bias = 0.25
 k = 2 * (start @ x + bias - y)
-print("sent for the weights:", (k * x).tolist(), " sent for the bias:", float(k))
+print("sent for the weights:", (k * x).tolist())
+print("sent for the bias:", float(k))
 print("the ratio:", (k * x / k).tolist())
 
 # %% [markdown]
@@ -67,7 +68,8 @@ for a in range(4):
     for b in range(4):
         matrix[a, b, a : a + 2, b : b + 2] = kernel
 matrix = matrix.reshape(16, 25)
-print("matrix:", matrix.shape, " entries that are not zero:", int((matrix != 0).sum()))
+print("matrix:", matrix.shape)
+print("entries that are not zero:", int((matrix != 0).sum()))
 
 # %%
 k = np.cos(np.arange(16.0))
