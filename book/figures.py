@@ -35,36 +35,21 @@ def pictures(pixels: np.ndarray) -> list[tuple[slice, slice]]:
     if not any(part.mean() > 0.6 for _, part in large):
         return []
     large = [at for at, part in large if part.mean() > 0.6 or _framed(part)]
-    slim = [
-        (at, part)
-        for at, part in areas
-        if 8 <= min(part.shape) < PANEL < max(part.shape)
-    ]
-    return large + [
-        _trimmed(at, part) for at, part in slim if part.mean() > 0.6
-    ]
+    slim = [(at, part) for at, part in areas if 8 <= min(part.shape) < PANEL < max(part.shape)]
+    return large + [_trimmed(at, part) for at, part in slim if part.mean() > 0.6]
 
 
 def _framed(part: np.ndarray) -> bool:
     """Beside dense pictures, what has a line on all four sides is one too: a white one."""
-    sides = (
-        part[:3].any(0),
-        part[-3:].any(0),
-        part[:, :3].any(1),
-        part[:, -3:].any(1),
-    )
+    sides = (part[:3].any(0), part[-3:].any(0), part[:, :3].any(1), part[:, -3:].any(1))
     return bool(all(side.mean() > 0.95 for side in sides))
 
 
 def _trimmed(at: tuple[slice, slice], part: np.ndarray) -> tuple[slice, slice]:
     """Leave out the ticks of a strip, which stand off its side."""
-    rows, columns = (
-        np.flatnonzero(part.mean(axis=axis) > 0.6) for axis in (1, 0)
-    )
+    rows, columns = (np.flatnonzero(part.mean(axis=axis) > 0.6) for axis in (1, 0))
     top, left = at[0].start, at[1].start
-    return slice(top + rows[0], top + rows[-1] + 1), slice(
-        left + columns[0], left + columns[-1] + 1
-    )
+    return slice(top + rows[0], top + rows[-1] + 1), slice(left + columns[0], left + columns[-1] + 1)
 
 
 def clear(pixels: np.ndarray) -> np.ndarray:

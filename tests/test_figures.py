@@ -47,6 +47,8 @@ def test_pictures_are_kept_and_their_titles_can_be_read_in_both_modes() -> None:
     assert (cleared[60:180, 100:220, 3] == 255).all() and not cleared[0, :, 3].any()
     for ground in (253, 21):
         assert np.abs(_on(ground, cleared)[25, 122] - ground).min() > 60
+    drawn[60:180, 225] = drawn[60:180, 295] = drawn[60, 225:296] = drawn[179, 225:296] = 200
+    assert (figures.clear(drawn)[60:180, 225:296, 3] == 255).all()  # a white picture, framed
 
 
 @pytest.mark.parametrize("chart", [True, False])
