@@ -248,7 +248,6 @@ def guard(seed: int) -> Case:
     app = federation.client_app(model, LOSS, lambda _: (x, y), [audit])
     plain = federation.client_app(model, LOSS, lambda _: (x, y))
     seen = []
-    logging.getLogger("gradinv_edu.federation").setLevel(logging.CRITICAL)
     with torch.random.fork_rng(), federation.quiet(logging.CRITICAL):
         for client in (app, plain):
             torch.manual_seed(seed)

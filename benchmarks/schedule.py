@@ -5,9 +5,10 @@ Usage: python -m benchmarks schedule          (every cell that the data file lac
 Each cell is an attacker, a learning rate, a number of local steps, on 20 digits and 1 or 3 seeds; a
 seed draws the network and the start; in some cells the network has been trained before the attack.
 Beside them stands what each schedule teaches: accuracy on held-out digits after so many rounds of a
-federation whose clients hold 50 digits each. A third part does the same for the size of a batch, on
-a small dense network: one batch attacked in each of five networks, and what it teaches, at the best
-of some rates. The file is written after each cell.
+federation whose clients hold 50 digits each. A third part has ten digits, another in each step. A
+fourth does the same for the size of a batch, on a small dense network: one batch attacked in each
+of five networks, and what it teaches, at the best of some rates. The file is written after each
+cell.
 
 Attack and network are those of Wei et al. (2020): L-BFGS on the squared distance of the gradients,
 a patterned start, the label read from the last layer, the DLG paper's LeNet with sigmoid; pictures
@@ -40,13 +41,18 @@ CELLS: list[Key] = [
     *(("recursion", 0.01, steps, 3, False) for steps in (1, 2, 5, 10)),
     ("aware", 0.01, 10, 1, False),  # each of its gradients takes ten of the others'
     # a rate at which the network learns, and the network after 400 rounds of it
-    *((who, 0.3, 10, 3, False) for who in ("recursion", "unaware")),
+    *((who, 0.3, 10, 3, False) for who in ("recursion", "unaware", "aware")),
     *(("recursion", 0.3, steps, 3, True) for steps in (1, 10)),
     *(("unaware", 0.3, steps, 3, True) for steps in (1, 10)),
+    ("aware", 0.3, 10, 3, True),
 ]
+# attacker, learning rate, trained: ten digits, another in each of ten local steps
+DIFFERENT = [(who, 0.01, False) for who in ("unaware", "aware")]
+DIFFERENT += [(who, 0.3, after) for after in (False, True) for who in ("unaware", "aware")]
 SIZES, NETS, RATES = (1, 2, 4, 8, 16, 32), 5, (0.3, 1.0, 3.0, 10.0)
 # learning rate, local steps, digits of a client in one step
 SCHEDULES = [(0.01, 1, 50), (0.01, 10, 50), (0.3, 1, 50), (1.5, 1, 50), (0.3, 10, 50)]
+SCHEDULES += [(0.01, 10, 5), (0.3, 10, 5)]
 
 
 @cache
@@ -108,9 +114,9 @@ def trial(
 
 
 def attack(
-    attacker: str, net: nn.Module, update: gi.Update, generator: torch.Generator
+    attacker: str, net: nn.Module, update: gi.Update, generator: torch.Generator, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture and a label; mid-grey where the recursion finds a contradiction and stops."""
+    """Pictures and labels; mid-grey where the recursion finds a contradiction and stops."""
     if attacker == "recursion":
         try:
             recovery = gi.recover(net, update, (1, 8, 8), CE)
@@ -121,7 +127,7 @@ def attack(
     with torch.backends.mkldnn.flags(enabled=False):  # tiny convolutions are faster without
         match = gi.optimization.match_gradients(
             net, update, (1, 8, 8), CE, method="idlg", start="patterned",
-            simulate=attacker == "aware", steps=STEPS, generator=generator,
+            simulate=attacker == "aware", generator=generator, **{"steps": STEPS, **settings},
         )  # fmt: skip
     return match.inputs, match.targets
 
@@ -138,6 +144,33 @@ def cell(
     columns = {name: [t[name] for t in trials] for name in ("psnr", "ssim", "label")}
     where = {"attacker": attacker, "learning_rate": rate, "local_steps": steps, "seeds": seeds}
     return {**where, "trained": trained, **columns}
+
+
+def different(attacker: str, rate: float, trained: bool) -> dict[str, Any]:
+    """Ten digits, another in each step, twice in each of three networks.
+
+    The unaware search takes the update for a batch's gradient; labels and order are told to the
+    aware one alone, which has no use for its steps without them.
+    """
+    found: list[list[float]] = []
+    for seed in range(SEEDS):
+        net, scores = network(seed, trained), []
+        for first in (0, 10):
+            x, y = gi.data.digits(range(first, first + 10))
+            update = gi.observe(net, CE, x, y, local_steps=10, learning_rate=rate, batch_size=1)
+            told = {"targets": y} if attacker == "aware" else {}
+            source = torch.Generator().manual_seed(first + seed)
+            answer, _ = attack(attacker, net, update, source, steps=20, **told)
+            scores += paired(answer, x)
+        found.append(scores)
+    return {"attacker": attacker, "learning_rate": rate, "trained": trained, "psnr": found}
+
+
+def paired(found: torch.Tensor, truth: torch.Tensor) -> list[float]:
+    """PSNR of each picture, by the best pairing."""
+    shown = gi.scoreboard.matched(found.nan_to_num(0.5).clamp(0, 1), truth)
+    pairs = zip(shown, truth.double(), strict=True)
+    return [round(gi.metrics.psnr(a, b), 1) for a, b in pairs]
 
 
 def of_size(size: int) -> dict[str, Any]:
@@ -173,9 +206,7 @@ def of_size(size: int) -> dict[str, Any]:
                 net, update, (1, 8, 8), CE, method="idlg", steps=10,
                 generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
-            shown = gi.scoreboard.matched(match.inputs.nan_to_num(0.5).clamp(0, 1), truth)
-            pairs = zip(shown, truth.double(), strict=True)
-            cell[when].append([round(gi.metrics.psnr(a, b), 1) for a, b in pairs])
+            cell[when].append(paired(match.inputs, truth))
     return cell
 
 
@@ -191,6 +222,7 @@ def load() -> dict[str, Any]:
         "cells": [],
         "accuracy": [],
         "batches": [],
+        "different": [],
     }
 
 
@@ -209,6 +241,12 @@ def main(most: int | None = None) -> None:
             data["batches"].append(of_size(size))
             write_whole(FILE, json.dumps(data, indent=1) + "\n")
             print("batch", size, data["batches"][-1]["accuracy"], flush=True)
+    for key in DIFFERENT[: None if most is None else 0]:
+        known = [(c["attacker"], c["learning_rate"], c["trained"]) for c in data["different"]]
+        if key not in known:
+            data["different"].append(different(*key))
+            write_whole(FILE, json.dumps(data, indent=1) + "\n")
+            print("different", key, data["different"][-1]["psnr"], flush=True)
     done = {tuple(c[name] for name in names) for c in data["cells"]}
     for key in [c for c in CELLS if c not in done][:most]:
         data["cells"].append(cell(*key))

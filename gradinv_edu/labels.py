@@ -85,7 +85,7 @@ def recover_labels(
     share = 1.0 if loss.reduction == "sum" else 1 / update.samples
     if bias is None:
         share = float(-pulls.clamp(max=0).sum()) / update.samples * (1 + 1 / len(pulls))
-    elif input_shape is not None:
+    elif input_shape is not None and update.samples > 1:  # one sample pulls alone
         pulls = pulls - share * update.samples * _mean_probabilities(model, input_shape)
     labels = []
     for _ in range(update.samples):

@@ -467,8 +467,11 @@ def test_telemetry_is_off() -> None:
     from flwr.supercore import telemetry
 
     assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
+    guard = logging.getLogger("gradinv_edu.federation")
     with federation.quiet():
+        assert not guard.isEnabledFor(logging.WARNING)
         assert os.environ["FLWR_TELEMETRY_ENABLED"] == os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert guard.isEnabledFor(logging.WARNING)
 
 
 def test_without_flower_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

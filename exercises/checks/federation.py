@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -314,18 +313,6 @@ class _Blur:
         return reply
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the guard's warnings for the reports, and out of the notebook."""
-    logger = logging.getLogger("gradinv_edu.federation")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def check_guarded(guarded: Student, seed: int = 4) -> None:
     """Check: a guard that judges what leaves, in a federation of Flower's."""
     model = gi.models.mlp([64, 40, 10], generator=torch.Generator().manual_seed(seed))
@@ -343,7 +330,7 @@ def check_guarded(guarded: Student, seed: int = 4) -> None:
         audits = [mod for mod in mods if isinstance(mod, gi.federation.LeakAudit)]
         demand(audits, Guarded.no_guard)
         demand(noise in mods, Guarded.noise_thrown_out)
-        with _silent():
+        with gi.federation.quiet(logging.CRITICAL):  # warnings are for the reports
             received = _round(model, data, mods).received
         guard = audits[0]
         if sigma == 1.0:

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -41,13 +41,14 @@ SILENCE = {  # nor Flower and Ray in the processes that they start
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns of its next version
 }
+LOGS = ("flwr", "ray", "gradinv_edu.federation")
 FIRST_NODE = 100  # Flower keeps 1 for the server
 
 
 @contextmanager
-def quiet(level: int = logging.ERROR) -> Iterator[None]:
-    """Show nothing of Flower's and Ray's logs below ``level``; then put everything back."""
-    loggers = [logging.getLogger(name) for name in ("flwr", "ray")]
+def quiet(level: int = logging.ERROR, logs: Sequence[str] = LOGS) -> Iterator[None]:
+    """Show nothing of these logs, the guard's among them, below ``level``; then put all back."""
+    loggers = [logging.getLogger(name) for name in logs]
     levels, environment = [logger.level for logger in loggers], dict(os.environ)
     os.environ.update(SILENCE)
     for logger in loggers:
@@ -182,7 +183,7 @@ def simulate(
         result: Result = strategy.start(grid, arrays, num_rounds=rounds, train_config=config)
         return result
 
-    with quiet():
+    with quiet(logs=LOGS[:2]):  # what the guard has to say is the caller's to hear
         if processes:
             return _on_ray(start, app, clients, processes)
         with _task():

@@ -87,9 +87,10 @@ def leaks(board: dict[str, Any], net: str) -> pd.DataFrame:
     -------
     pandas.DataFrame
         By ``defense``: ``accuracy`` and ``reach``, the half of its 95 % interval over trainings;
-        for the ``naive`` attacker of highest median PSNR and for the best of all, ``aware``, that
-        median, the ``low`` and ``high`` of the networks' own medians, and ``read``, the
-        :class:`~gradinv_edu.kit.metrics.Rate` over :data:`SUCCESS`, counted by networks.
+        for the ``naive`` attacker who reads most (of highest median PSNR among such) and for the
+        best of all, ``aware``, the median, the ``low`` and ``high`` of the networks' own medians,
+        and ``read``, the :class:`~gradinv_edu.kit.metrics.Rate` over :data:`SUCCESS`, counted by
+        networks.
 
     Raises
     ------
@@ -106,7 +107,7 @@ def leaks(board: dict[str, Any], net: str) -> pd.DataFrame:
         for side in ("naive", "aware"):
             names = (n for n, a in ATTACKERS.items() if side == "aware" or not a.aware)
             found = [cells.get(f"{net}/{defense}/{name}", {}).get("psnr") for name in names]
-            psnr = max((p for p in found if p), key=median, default=None)
+            psnr = max((p for p in found if p), key=_reached, default=None)
             if psnr is None:
                 continue
             groups = [
@@ -128,8 +129,12 @@ def leaks(board: dict[str, Any], net: str) -> pd.DataFrame:
     return _pandas().DataFrame(rows).set_index("defense")
 
 
+def _reached(psnr: list[float]) -> tuple[float, float]:
+    return fmean(decibel > SUCCESS for decibel in psnr), median(psnr)
+
+
 def draw_leaks(board: dict[str, Any], net: str) -> Figure:
-    """Draw what :func:`leaks` says: accuracy across, decibels up, hollow for the naive.
+    """Draw what :func:`leaks` says, a line a defense: decibels, hollow for the naive; accuracy.
 
     Parameters
     ----------
@@ -141,37 +146,39 @@ def draw_leaks(board: dict[str, Any], net: str) -> Figure:
     from ..kit.plotting import COLOURS, style
 
     found = leaks(board, net).dropna(subset="accuracy")
+    size = 5, 1.3 + 0.27 * len(found)
     with style():
-        figure, axes = plt.subplots(figsize=(6.2, 3.8), layout="constrained")
-        for place, (defense, row) in enumerate(found.iterrows()):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=size, sharey=True, width_ratios=(3, 2), layout="constrained"
+        )
+        for place, (_, row) in enumerate(found.iterrows()):
             for side, colour in (("naive", COLOURS.known), ("aware", COLOURS.leaked)):
                 middle, low, high = (min(row[f"{side}{e}"], 120) for e in ("", " low", " high"))
-                look: dict[str, Any] = {
-                    "color": colour,
-                    "mfc": "white" if side == "naive" else colour,
-                }
                 ends = [[middle - low], [high - middle]]
-                axes.errorbar(row["accuracy"], middle, ends, row["reach"], fmt="o", lw=0.8, **look)
-            axes.annotate(
-                defense, (row["accuracy"], middle), (-6, (5, -12)[place % 2]),
-                textcoords="offset points", fontsize=7.5, ha="right",
-            )  # fmt: skip
-        axes.axhline(SUCCESS, color=COLOURS.quiet, lw=0.8, ls=":")
-        axes.plot([], [], "o", color=COLOURS.known, mfc="white", label="best naive attacker")
-        axes.plot([], [], "o", color=COLOURS.leaked, label="best attacker")
-        axes.set(xlabel="accuracy on held-out digits", ylabel="median PSNR, dB", title=net)
-        axes.set(ylim=(-4, 128))
-        axes.legend(loc="center left")
+                look = {"color": colour, "mfc": "white" if side == "naive" else colour}
+                y = place + (0.17 if side == "naive" else -0.17)
+                left.errorbar(middle, y, xerr=ends, fmt="o", lw=0.8, **look)
+            right.errorbar(
+                row["accuracy"], place, xerr=row["reach"], fmt="D", lw=0.8, color=COLOURS.third
+            )
+        left.axvline(SUCCESS, color=COLOURS.quiet, lw=0.8, ls=":")
+        left.plot([], [], "o", color=COLOURS.known, mfc="white", label="naive")
+        left.plot([], [], "o", color=COLOURS.leaked, label="any attacker")
+        left.set(xlabel="median PSNR, dB", xlim=(-4, 128), xticks=[0, 25, 50, 75, 100])
+        left.set_yticks(range(len(found)), list(found.index))
+        left.invert_yaxis()
+        right.set(xlabel="accuracy")
+        figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
-def draw(board: dict[str, Any]) -> Figure:
-    """Draw the whole board: defenses down, attackers across, a panel for each network.
+def draw(board: dict[str, Any], net: str) -> Figure:
+    """Draw a network's part of the board: defenses down, attackers across.
 
     Parameters
     ----------
-    board : dict
-        From :func:`load`, with no cell missing.
+    board, net
+        As for :func:`leaks`, with no cell of the network missing.
 
     Returns
     -------
@@ -184,27 +191,23 @@ def draw(board: dict[str, Any]) -> Figure:
     from ..kit.plotting import style
 
     cells, columns = table(board), list(ATTACKERS)
-    nets, defenses = (list(cells.index.unique(level)) for level in ("net", "defense"))
+    defenses = list(cells.index.unique("defense"))
+    psnr, exact = (
+        cells[name].unstack()[columns].loc[net].loc[defenses] for name in ("psnr", "exact")
+    )
     colours = plt.colormaps["GnBu"].with_extremes(bad="#f4f3f1")
     with style():
-        figure, panels = plt.subplots(
-            1, len(nets), figsize=(8.6, 7.6), sharey=True, layout="constrained"
-        )
-        for panel, net in zip(panels, nets, strict=True):
-            psnr, exact = (
-                cells[name].unstack()[columns].loc[net].loc[defenses] for name in ("psnr", "exact")
-            )
-            panel.imshow(psnr.clip(upper=60), cmap=colours, vmin=0, vmax=75, aspect="auto")
-            for (i, j), value in np.ndenumerate(psnr):
-                sure = "•" if exact.iat[i, j] == 1 else ""
-                entry = "–" if math.isnan(value) else f"{value:.0f}{sure}"
-                ink = "white" if value > 50 else "#23292e"
-                panel.text(j, i, entry, ha="center", va="center", fontsize=7.5, color=ink)
-            panel.axvline(sum(not a.aware for a in ATTACKERS.values()) - 0.5, color="white", lw=3)
-            panel.set_xticks(range(len(columns)), columns, rotation=60, ha="right")
-            panel.tick_params(length=0)
-            panel.set_title(net)
-        panels[0].set_yticks(range(len(defenses)), defenses)
+        figure, axes = plt.subplots(figsize=(5, 7.4), layout="constrained")
+        axes.imshow(psnr.clip(upper=60), cmap=colours, vmin=0, vmax=75, aspect="auto")
+        for (i, j), value in np.ndenumerate(psnr):
+            sure = "•" if exact.iat[i, j] == 1 else ""
+            entry = "–" if math.isnan(value) else f"{value:.0f}{sure}"
+            ink = "white" if value > 50 else "#23292e"
+            axes.text(j, i, entry, ha="center", va="center", fontsize=9.5, color=ink)
+        axes.axvline(sum(not a.aware for a in ATTACKERS.values()) - 0.5, color="white", lw=3)
+        axes.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
+        axes.tick_params(length=0, labelsize=9.5)
+        axes.set_yticks(range(len(defenses)), defenses)
     return figure
 
 
