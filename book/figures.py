@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from docutils import nodes
 from PIL import Image
-from scipy.ndimage import find_objects, label
+from scipy.ndimage import binary_fill_holes, find_objects, label
 from sphinx.application import Sphinx
 
 INK = (112, 124, 132)  # as far from the page's paper as from its slate
@@ -25,31 +25,42 @@ FRAME = re.compile(r"data:image/webp;base64,([A-Za-z0-9+/=]+)")  # of a slider
 
 
 def pictures(pixels: np.ndarray) -> list[tuple[slice, slice]]:
-    """Where a figure holds pictures: large connected areas that are mostly not paper.
+    """Where a figure holds pictures: large areas that are dense, or white in a frame.
 
     Beside pictures, the narrow strip that explains their colours is one too.
     """
     ink = pixels.min(axis=2) < 250
     areas = [(at, ink[at]) for at in find_objects(label(ink)[0])]
-    large = [(at, part) for at, part in areas if min(part.shape) >= PANEL]
-    if not any(part.mean() > 0.6 for _, part in large):
+    large = [
+        at for at, part in areas if min(part.shape) >= PANEL and _framed(part)
+    ]
+    if not large:
         return []
-    large = [at for at, part in large if part.mean() > 0.6 or _framed(part)]
-    slim = [(at, part) for at, part in areas if 8 <= min(part.shape) < PANEL < max(part.shape)]
-    return large + [_trimmed(at, part) for at, part in slim if part.mean() > 0.6]
+    slim = [
+        (at, part)
+        for at, part in areas
+        if 8 <= min(part.shape) < PANEL < max(part.shape)
+    ]
+    return large + [
+        _trimmed(at, part) for at, part in slim if part.mean() > 0.6
+    ]
 
 
 def _framed(part: np.ndarray) -> bool:
-    """Beside dense pictures, what has a line on all four sides is one too: a white one."""
-    sides = (part[:3].any(0), part[-3:].any(0), part[:, :3].any(1), part[:, -3:].any(1))
-    return bool(all(side.mean() > 0.95 for side in sides))
+    """Whether an area is a rectangle, and neither a chart's bars nor the meshes of its grid."""
+    whole = binary_fill_holes(part).mean() > 0.9
+    return bool(whole and (part.mean() > 0.2 or label(~part)[1] == 1))
 
 
 def _trimmed(at: tuple[slice, slice], part: np.ndarray) -> tuple[slice, slice]:
     """Leave out the ticks of a strip, which stand off its side."""
-    rows, columns = (np.flatnonzero(part.mean(axis=axis) > 0.6) for axis in (1, 0))
+    rows, columns = (
+        np.flatnonzero(part.mean(axis=axis) > 0.6) for axis in (1, 0)
+    )
     top, left = at[0].start, at[1].start
-    return slice(top + rows[0], top + rows[-1] + 1), slice(left + columns[0], left + columns[-1] + 1)
+    return slice(top + rows[0], top + rows[-1] + 1), slice(
+        left + columns[0], left + columns[-1] + 1
+    )
 
 
 def clear(pixels: np.ndarray) -> np.ndarray:

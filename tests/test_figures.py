@@ -51,6 +51,17 @@ def test_pictures_are_kept_and_their_titles_can_be_read_in_both_modes() -> None:
     assert (figures.clear(drawn)[60:180, 225:296, 3] == 255).all()  # a white picture, framed
 
 
+def test_a_white_picture_in_its_frame_is_one_and_bars_or_a_grid_are_none() -> None:
+    white, bars, grid = _paper(), _paper(), _paper()
+    white[60:180, 100:220], white[62:178, 102:218] = 90, 255
+    assert figures.pictures(white) == [(slice(60, 180), slice(100, 220))]
+    bars[20:180, 40] = 90
+    for top in range(20, 180, 40):
+        bars[top : top + 32, 40:250] = (23, 104, 122)
+    grid[20:181:40, 40:251] = grid[20:181, 40:251:70] = 200
+    assert figures.pictures(bars) == figures.pictures(grid) == []
+
+
 @pytest.mark.parametrize("chart", [True, False])
 def test_the_frame_of_a_slider_loses_its_paper_once(chart: bool) -> None:
     drawn = _paper()
