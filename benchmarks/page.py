@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -53,14 +54,16 @@ def attempts() -> list[dict[str, Any]]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
-    """A Markdown table; numbers stand to the right."""
+    """A Markdown table; numbers stand to the right, long names may break after a mark."""
     from IPython.display import Markdown
 
     body = [[number(entry) for entry in row] for row in rows] or [[NONE, *["–"] * (len(head) - 1)]]
     columns = list(zip(*body, strict=True))
     right = [all(e[:1].isdigit() or e in (NONE, "–") for e in column) for column in columns]
     rule = ["--:" if flag else ":--" for flag in right]
-    whole = [list(head), rule, *[[e.replace("|", "/") for e in row] for row in body]]
+    mark = re.compile(r"(?<=[\w…])([/+.])(?=[A-Za-z…])")  # a space of no width behind
+    body = [[mark.sub("\\1\u200b", e.replace("|", "/")) for e in row] for row in body]
+    whole = [list(head), rule, *body]
     lines = [f"| {' | '.join(row)} |" for row in whole]
     return Markdown("\n".join(lines))
 
@@ -229,7 +232,7 @@ def draw_pixels(data: Data) -> Figure:
 
     lines = [line for line in _lines(data) if line[1]]
     with style():
-        figure, axis = plt.subplots(figsize=(6.8, 3.5), layout="constrained")
+        figure, axis = plt.subplots(figsize=(5, 4.6), layout="constrained")
         axis.set(xlabel="pixels", ylabel="seconds", title="" if lines else NONE)
         for place, (label, sizes, y) in enumerate(lines):
             pen = {"color": COLOURS[place], "marker": "osD^vP"[place], "label": label}
@@ -237,7 +240,7 @@ def draw_pixels(data: Data) -> Figure:
             axis.loglog([size**2 for size in sizes], y, **pen)
         axis.grid(True)
         if lines:
-            axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+            figure.legend(loc="outside lower center")
     return figure
 
 
@@ -302,7 +305,7 @@ def draw_series(data: Data) -> Figure:
     from gradinv_edu.kit.plotting import COLOURS, style
 
     with style():
-        figure, axes = plt.subplots(1, 3, figsize=(7.4, 2.7), layout="constrained", sharey=True)
+        figure, axes = plt.subplots(3, 1, figsize=(5, 7.2), layout="constrained")
         for place, (axis, name) in enumerate(zip(axes, ("depth", "width", "batch"), strict=True)):
             found = series(data, name)
             axis.set(xlabel=LABELS[name], title=NONE)
@@ -320,10 +323,10 @@ def draw_series(data: Data) -> Figure:
             axis.grid(True)
         seconds = [c["seconds"] for name in LABELS for c in series(data, name)] or [1.0]
         ticks = [t for t in TICKS if min(seconds) / 2 < t < max(seconds) * 2]
-        axes[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
         for axis in axes:
+            axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+            axis.set(ylabel="CPU seconds", ylim=(min(seconds) / 1.3, max(seconds) * 1.3))
             axis.minorticks_off()
-        axes[0].set_ylabel("CPU seconds")
     return figure
 
 
@@ -416,7 +419,7 @@ def draw_layers(data: Data) -> Figure:
     found = [c for c in series(data, "pixels/float64") if c["size"] >= 32]
     names = list(dict.fromkeys(layer["name"] for c in found for layer in c["layers"]))
     with style():
-        figure, axis = plt.subplots(figsize=(6.8, 2.9), layout="constrained")
+        figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
         start = [0.0] * len(found)
         for place, name in enumerate(names):
             widths = [_share(c, name, "seconds") for c in found]
@@ -428,7 +431,7 @@ def draw_layers(data: Data) -> Figure:
         axis.barh(range(len(found)), rest, left=start, color="#e6e9eb", label="all else")
         axis.set_yticks(range(len(found)), [f"{c['size']}×{c['size']}" for c in found])
         axis.set(xlabel="share of the CPU seconds", xlim=(0, 1))
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

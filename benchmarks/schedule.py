@@ -41,10 +41,10 @@ CELLS: list[Key] = [
     *(("recursion", 0.01, steps, 3, False) for steps in (1, 2, 5, 10)),
     ("aware", 0.01, 10, 1, False),  # each of its gradients takes ten of the others'
     # a rate at which the network learns, and the network after 400 rounds of it
-    *((who, 0.3, 10, 3, False) for who in ("recursion", "unaware", "aware")),
+    *((who, 0.3, 10, 3, False) for who in ("recursion", "unaware")),
     *(("recursion", 0.3, steps, 3, True) for steps in (1, 10)),
     *(("unaware", 0.3, steps, 3, True) for steps in (1, 10)),
-    ("aware", 0.3, 10, 3, True),
+    *(("aware", 0.3, 10, 1, after) for after in (False, True)),
 ]
 # attacker, learning rate, trained: ten digits, another in each of ten local steps
 DIFFERENT = [(who, 0.01, False) for who in ("unaware", "aware")]

@@ -204,7 +204,8 @@ def match_gradients(
     >>> import gradinv_edu as gi
     >>> model, loss = gi.models.mlp((64, 24, 10), "sigmoid"), torch.nn.CrossEntropyLoss()
     >>> update = gi.observe(model, loss, gi.data.digit(3), torch.tensor([3]))
-    >>> match = gi.optimization.match_gradients(model, update, (1, 8, 8), loss, method="idlg")
+    >>> search = gi.optimization.match_gradients
+    >>> match = search(model, update, (1, 8, 8), loss, method="idlg")
     >>> match.targets.item(), gi.metrics.psnr(match.inputs, gi.data.digit(3)) > 30
     (3, True)
     """
