@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import gradinv_edu as gi
 from gradinv_edu.engine.files import write_whole
 
+from .measure import Options
+
 FILE = Path(__file__).parents[1] / "book" / "data" / "design.json"
 LOSS = nn.CrossEntropyLoss()
 SEEDS, VICTIMS, TRAINING = 3, 3, 1500
@@ -125,12 +127,14 @@ def baselines(name: str = "digits") -> dict[str, float]:
     return {"mean": round(sum(mean) / count, 1), "nearest": round(sum(nearest) / count, 1)}
 
 
-def main() -> None:
-    """Fill in the cells that are missing."""
+def main(options: Options) -> None:
+    """Fill in the cells that are missing, or that are to be measured again."""
     done: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"cells": {}}
     versions = {"torch": torch.__version__.split("+")[0], "python": platform.python_version()}
     done |= {"versions": versions, "seeds": SEEDS, "victims": VICTIMS, "steps": STEPS}
     done |= {"baselines": baselines(), "face_baselines": baselines("face")}
+    if options.again:
+        done["cells"] = {k: c for k, c in done["cells"].items() if options.only not in k}
     for name in DESIGNS:
         for seed in range(seeds(name)):
             key = f"{name}/{seed}"
@@ -141,11 +145,7 @@ def main() -> None:
                 print(key, found["parameters"], found["accuracy"], found["last"][0], flush=True)
 
 
-def measure(_: object) -> int:
+def measure(options: Options) -> int:
     """As a section of ``python -m benchmarks``."""
-    main()
+    main(options)
     return 0
-
-
-if __name__ == "__main__":
-    main()

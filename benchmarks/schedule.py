@@ -30,6 +30,8 @@ from torch import nn
 import gradinv_edu as gi
 from gradinv_edu.engine.files import write_whole
 
+from .measure import Options
+
 FILE = Path(__file__).parents[1] / "book" / "data" / "schedule.json"
 PICTURES, STEPS = 20, 8
 CE = nn.CrossEntropyLoss()
@@ -226,9 +228,15 @@ def load() -> dict[str, Any]:
     }
 
 
-def main(most: int | None = None) -> None:
-    """Fill in the cells that are missing, at most so many."""
+def _key(part: str, cell: dict[str, Any]) -> str:
+    return "/".join([part, *(str(v) for v in cell.values() if not isinstance(v, list))])
+
+
+def main(most: int | None = None, again: bool = False, only: str = "") -> None:
+    """Fill in the cells that are missing, at most so many, or that are to be measured again."""
     data = load()
+    for part in ("accuracy", "batches", "different", "cells") if again else ():
+        data[part] = [cell for cell in data[part] if only not in _key(part, cell)]
     names = ("attacker", "learning_rate", "local_steps", "seeds", "trained")
     for rate, steps, batch in SCHEDULES[: None if most is None else 0]:
         known = [list(c.values())[:3] for c in data["accuracy"]]
@@ -255,9 +263,9 @@ def main(most: int | None = None) -> None:
         print(key, gi.metrics.success_rate(p > 20 for p in data["cells"][-1]["psnr"]), flush=True)
 
 
-def measure(_: object) -> int:
+def measure(options: Options) -> int:
     """As a section of ``python -m benchmarks``."""
-    main()
+    main(None, options.again, options.only)
     return 0
 
 
