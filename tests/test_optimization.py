@@ -186,6 +186,12 @@ def test_labels_are_counted(bias: bool, classes: list[int]) -> None:
         assert found == sorted(classes) or (not bias and set(found) <= set(classes))
 
 
+def test_steps_that_move_the_weights_do_not_hide_the_label_of_one_sample() -> None:
+    net = models.lenet(SHAPE, generator=torch.Generator().manual_seed(1000))
+    update = sharing.observe(net, CE, *data.digits([5]), local_steps=10, learning_rate=0.3)
+    assert labels.recover_labels(net, update, CE, SHAPE).tolist() == [5]
+
+
 def test_labels_of_other_losses() -> None:
     net = models.mlp((64, 8, 1), dtype=torch.float64)
     target = torch.ones(1, 1, dtype=torch.float64)
