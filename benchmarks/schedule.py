@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -232,31 +231,31 @@ def _key(part: str, cell: dict[str, Any]) -> str:
     return "/".join([part, *(str(v) for v in cell.values() if not isinstance(v, list))])
 
 
-def main(most: int | None = None, again: bool = False, only: str = "") -> None:
-    """Fill in the cells that are missing, at most so many, or that are to be measured again."""
+def main(again: bool = False, only: str = "") -> None:
+    """Fill in the cells that are missing, or that are to be measured again."""
     data = load()
     for part in ("accuracy", "batches", "different", "cells") if again else ():
         data[part] = [cell for cell in data[part] if only not in _key(part, cell)]
     names = ("attacker", "learning_rate", "local_steps", "seeds", "trained")
-    for rate, steps, batch in SCHEDULES[: None if most is None else 0]:
+    for rate, steps, batch in SCHEDULES:
         known = [list(c.values())[:3] for c in data["accuracy"]]
         if [rate, steps, batch] not in known:
             where = {"learning_rate": rate, "local_steps": steps, "batch_size": batch}
             data["accuracy"].append({**where, "accuracy": accuracies(rate, steps, batch)})
             write_whole(FILE, json.dumps(data, indent=1) + "\n")
-    for size in SIZES[: None if most is None else 0]:
+    for size in SIZES:
         if size not in [c["size"] for c in data["batches"]]:
             data["batches"].append(of_size(size))
             write_whole(FILE, json.dumps(data, indent=1) + "\n")
             print("batch", size, data["batches"][-1]["accuracy"], flush=True)
-    for key in DIFFERENT[: None if most is None else 0]:
+    for key in DIFFERENT:
         known = [(c["attacker"], c["learning_rate"], c["trained"]) for c in data["different"]]
         if key not in known:
             data["different"].append(different(*key))
             write_whole(FILE, json.dumps(data, indent=1) + "\n")
             print("different", key, data["different"][-1]["psnr"], flush=True)
     done = {tuple(c[name] for name in names) for c in data["cells"]}
-    for key in [c for c in CELLS if c not in done][:most]:
+    for key in [c for c in CELLS if c not in done]:
         data["cells"].append(cell(*key))
         FILE.parent.mkdir(exist_ok=True)
         write_whole(FILE, json.dumps(data, indent=1) + "\n")
@@ -265,9 +264,5 @@ def main(most: int | None = None, again: bool = False, only: str = "") -> None:
 
 def measure(options: Options) -> int:
     """As a section of ``python -m benchmarks``."""
-    main(None, options.again, options.only)
+    main(options.again, options.only)
     return 0
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else None)

@@ -102,7 +102,6 @@ def test_a_finished_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
     copy = tmp_path / "schedule.json"
     copy.write_text(benchmark.FILE.read_text())
     monkeypatch.setattr(benchmark, "FILE", copy)
-    monkeypatch.setattr(sys, "argv", ["schedule"])
     monkeypatch.setattr(benchmark, "cell", lambda *_: pytest.fail("nothing is missing"))
     benchmark.main()
     assert copy.read_text() == (ROOT / "book" / "data" / "schedule.json").read_text()
