@@ -168,7 +168,7 @@ def draw_leaks(board: dict[str, Any], net: str) -> Figure:
         left.set_yticks(range(len(found)), list(found.index))
         left.invert_yaxis()
         right.set(xlabel="accuracy")
-        right.locator_params(axis="x", nbins=3)
+        right.locator_params(axis="x", nbins=2)
         figure.legend(loc="outside upper right", ncols=2)
     return figure
 
