@@ -354,11 +354,7 @@ class LeakAudit:
     def __call__(
         self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]
     ) -> Message:
-        """Let the client train, look at what it would send, and act.
-
-        Returns the client's reply, the same with noise, or an error that says only that the
-        update was withheld.
-        """
+        """Give the client's reply, the same with noise, or an error without a reason."""
         if not message.metadata.message_type.startswith("train"):
             return call_next(message, context)
         start, told = client.sent(message)  # read first: a mod below may work in place
@@ -431,17 +427,15 @@ class LeakAudit:
     def _architecture(self, context: Context, inputs: Tensor, end: float) -> str:
         """Whether the network gives one sample away, in words; computed once a client."""
         records = context.state.config_records
-        if STATE not in records and inputs.dtype == torch.long:
-            verdict = "a language model: no pictures to audit, its words are looked for"
-            records[STATE] = ConfigRecord({"verdict": verdict})
         if STATE not in records:
-            input_shape = tuple(inputs.shape[1:])
-            try:
-                with Deadline(end):
-                    found = rank.audit(self.model, input_shape, jacobian=False)
-                verdict = found.reason
-            except GradientInversionError as error:
-                verdict = f"not audited: {error}"
+            verdict = "a language model: no pictures to audit, its words are looked for"
+            if inputs.dtype != torch.long:
+                try:
+                    with Deadline(end):
+                        shape = tuple(inputs.shape[1:])
+                        verdict = rank.audit(self.model, shape, jacobian=False).reason
+                except GradientInversionError as error:
+                    verdict = f"not audited: {error}"
             records[STATE] = ConfigRecord({"verdict": verdict})
         return str(records[STATE]["verdict"])
 
