@@ -328,6 +328,7 @@ def test_an_attack_that_the_budget_ends_keeps_the_update_back(
     hiding = nn.Sequential(nn.Conv2d(3, 1, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 10))
     model, attackers = (dense(), ["endless"]) if leaky else (hiding, ["ratio", "endless"])
     monkeypatch.setitem(OWN, "endless", Attacker("endless", endless, False, False))
+    monkeypatch.setattr(LeakAudit, "_architecture", lambda *_: "known")  # takes none of the budget
     audit = LeakAudit(model, LOSS, one_each, attackers=attackers, seconds=2)
     server = federate(model, mods=[only(0, audit)], clients=2)
     assert audit.reports[0].action == "withheld" and "endless" in audit.reports[0].reason
