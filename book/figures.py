@@ -31,19 +31,11 @@ def pictures(pixels: np.ndarray) -> list[tuple[slice, slice]]:
     """
     ink = pixels.min(axis=2) < 250
     areas = [(at, ink[at]) for at in find_objects(label(ink)[0])]
-    large = [
-        at for at, part in areas if min(part.shape) >= PANEL and _framed(part)
-    ]
+    large = [at for at, part in areas if min(part.shape) >= PANEL and _framed(part)]
     if not large:
         return []
-    slim = [
-        (at, part)
-        for at, part in areas
-        if 8 <= min(part.shape) < PANEL < max(part.shape)
-    ]
-    return large + [
-        _trimmed(at, part) for at, part in slim if part.mean() > 0.6
-    ]
+    slim = [(at, part) for at, part in areas if 8 <= min(part.shape) < PANEL < max(part.shape)]
+    return large + [_trimmed(at, part) for at, part in slim if part.mean() > 0.6]
 
 
 def _framed(part: np.ndarray) -> bool:
@@ -54,9 +46,7 @@ def _framed(part: np.ndarray) -> bool:
 
 def _trimmed(at: tuple[slice, slice], part: np.ndarray) -> tuple[slice, slice]:
     """Leave out the ticks of a strip, which stand off its side."""
-    rows, columns = (
-        np.flatnonzero(part.mean(axis=axis) > 0.6) for axis in (1, 0)
-    )
+    rows, columns = (np.flatnonzero(part.mean(axis=axis) > 0.6) for axis in (1, 0))
     top, left = at[0].start, at[1].start
     return slice(top + rows[0], top + rows[-1] + 1), slice(
         left + columns[0], left + columns[-1] + 1
