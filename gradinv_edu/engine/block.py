@@ -125,6 +125,12 @@ class BlockSystem:
         gaps = (math.sqrt(squared_norm(a) / squared_norm(b)) for a, b in pairs if bool(b.any()))
         return max(gaps, default=0.0)
 
+    def cleaned(self, solution: Solution, outputs: Tensor, noise: float) -> Solution:
+        """The same, or zero where that explains everything: then what was found is rounding."""
+        zero = torch.zeros_like(solution.x)
+        gap = self.residual(zero, outputs)
+        return replace(solution, x=zero, residual=gap) if gap <= 10 * noise else solution
+
 
 def solve(
     system: BlockSystem,

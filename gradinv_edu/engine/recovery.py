@@ -285,6 +285,7 @@ class Recovering(Walk):
                 generator=self.generator,
                 progress=progress,
             )
+        solution = system.cleaned(solution, state.value, self.eps)
         spread = solution.largest_singular_value / max(solution.smallest_singular_value, 1e-300)
         error = max(solution.residual, self.eps) * spread
         equations = system.weight_equations + system.gradient_equations
