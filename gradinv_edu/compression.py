@@ -13,6 +13,7 @@ from torch.func import jacrev
 from . import checks
 from .checks import checked
 from .dropout import classifier
+from .engine.graph import unwatched
 from .errors import InvalidArgumentError, InvalidTensorError
 from .noise import each_gradient
 from .pruning import entries_kept
@@ -146,7 +147,7 @@ def soteria(model: nn.Sequential, update: Update, inputs: Tensor, fraction: floa
         raise InvalidTensorError(
             f"inputs has {len(inputs)} samples; Soteria defends one at a time."
         )
-    encoder = copy.deepcopy(model[:place]).eval().requires_grad_(False)
+    encoder = unwatched(copy.deepcopy(model[:place])).eval().requires_grad_(False)
     x = inputs.detach().to(next(model.parameters()).dtype)
     with checks.fitting(f"The model does not take inputs of shape {tuple(x.shape[1:])}"):
         r = encoder(x).flatten()

@@ -222,7 +222,7 @@ def match_gradients(
         raise InvalidArgumentError(
             "guess_masks needs a dropout layer in training mode and one local step."
         )
-    like = next(p.detach() for p in own.parameters() if p.requires_grad)
+    like = own.get_parameter(next(iter(update.gradients))).detach()
     seen = {n: g.detach().to(like) for n, g in update.gradients.items()}
     objective = search.Objective(
         own, update, loss, plan, seen, dict(known or {}), masks if guess_masks else {}

@@ -194,7 +194,7 @@ def gradients_above(
     model: nn.Sequential, place: int, x: Tensor, target: Tensor, loss: nn.Module
 ) -> dict[str, Tensor]:
     """Gradients of ``model[place:]`` by their names in the model, for its input ``x``."""
-    above = copy.deepcopy(model[place:]).double()
+    above = copy.deepcopy(model[place:]).double().requires_grad_()
     for name, layer in above.named_children():
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p:
             raise UnsupportedLayerError(f"{name} drops units at random, above the layer to begin.")

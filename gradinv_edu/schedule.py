@@ -40,7 +40,7 @@ def simulated_update(
     Returns
     -------
     dict of str to Tensor
-        By the names of the trainable parameters.
+        By the names of the parameters that are trainable, or were trained.
 
     Raises
     ------
@@ -52,8 +52,9 @@ def simulated_update(
     Sources: Geiping et al. (2020), Dimitrov et al. (2022).
     """
     named = list(model.named_parameters())
-    start = {n: p.detach().requires_grad_() for n, p in named if p.requires_grad}
-    frozen = {n: p.detach() for n, p in named if not p.requires_grad}
+    trained = {n for n, p in named if p.requires_grad or n in update.gradients}
+    start = {n: p.detach().requires_grad_() for n, p in named if n in trained}
+    frozen = {n: p.detach() for n, p in named if n not in trained}
 
     def pull(theta: Gradients, x: Tensor, y: Tensor) -> Gradients:
         """Gradient at ``theta`` and, if there is decay, its share of the weights."""

@@ -368,6 +368,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
 SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "requires grad": lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
     "non-contiguous": lambda t: torch.stack([t, t], -1)[..., 0],
+    "a view": lambda t: torch.stack([t, t])[1],
     "a parameter": lambda t: nn.Parameter(t.clone()) if t.is_floating_point() else t,
 }
 
@@ -378,7 +379,25 @@ def _changed(model: nn.Module, value: float) -> nn.Module:
     return model
 
 
+def _hooked(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: None)
+        module.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def _shared(model: nn.Module) -> nn.Module:
+    twice = nn.Linear(3, 3).double()
+    return nn.Sequential(model, twice, nn.ReLU(), twice)
+
+
+SAME_MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "hooks": _hooked,
+    "frozen": lambda m: m.requires_grad_(False),
+}
 MODELS: dict[str, Callable[[nn.Module], Any]] = {
+    **SAME_MODELS,
+    "shared weights": _shared,
     "None": lambda m: None,
     "text": lambda m: "model",
     "a class": lambda m: type(m),

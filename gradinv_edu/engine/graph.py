@@ -20,7 +20,7 @@ from .layers.branches import OUT_OF_PLACE, Block, Call, Concatenation, Node, Pro
 from .layers.resampling import LinearCall
 from .layers.reshaping import Permute, Reshape
 
-__all__ = ["OPERATIONS", "Step", "in_float64", "trace"]
+__all__ = ["OPERATIONS", "Step", "in_float64", "trace", "unwatched"]
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,19 @@ def in_float64(model: nn.Module) -> nn.Module:
         for p in model.parameters()
         if not isinstance(p, nn.UninitializedParameter)
     }
-    double = copy.deepcopy(model, dict[int, Any](parameters)).to(torch.float64)
+    double = unwatched(copy.deepcopy(model, dict[int, Any](parameters)).to(torch.float64))
     for module in double.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return double
+
+
+def unwatched(model: nn.Module) -> nn.Module:
+    """Take the backward hooks off a copy, which torch does not differentiate twice."""
+    for module in model.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return model
 
 
 class _Tracer(fx.Tracer):
