@@ -84,6 +84,8 @@ def test_ratios_are_affine_mixtures_and_equal_ones_are_samples(N: int, seed: int
     alone = (k != 0).sum(dim=0) == 1
     named = {n for n in range(N) if int((alone & (k[n] != 0)).sum()) > 1}
     found = batches.isolated_samples(G, b, outputs=10)
+    rows = [f.rows.tolist() for f in batches.isolated_samples(2**14 * G, b, outputs=10)]
+    assert rows == [f.rows.tolist() for f in found]  # whatever the unit of x
     closest = [int((x - f.x).norm(dim=1).argmin()) for f in found]
     assert set(closest) == named and len(closest) == len(named)
     assert [len(f.rows) for f in found] == sorted((len(f.rows) for f in found), reverse=True)

@@ -464,11 +464,13 @@ def test_nothing_of_the_callers_is_changed() -> None:
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
 
-def test_telemetry_is_off() -> None:
+def test_telemetry_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supercore import telemetry
 
     assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
     guard = logging.getLogger("gradinv_edu.federation")
+    for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
     with federation.quiet():
         assert not guard.isEnabledFor(logging.WARNING)
         assert os.environ["FLWR_TELEMETRY_ENABLED"] == os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

@@ -247,6 +247,7 @@ def test_an_elementwise_layer_is_undone(module: nn.Module, shape: Shape, seed: i
         is_undone_on_one_side(undone, z, a, slope, rule)
         return
     assert torch.equal(undone.known, slope != 0)
+    assert rule.homogeneous == torch.allclose(applied(rule, 99 * z), 99 * a)
     torch.testing.assert_close(undone.inputs, z * undone.known, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(undone.slope, slope, rtol=1e-9, atol=1e-12)
     # torch's own CELU derivative takes 1/alpha in float32, as the client's does

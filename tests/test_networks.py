@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import gradinv_edu as gi
+from gradinv_edu.engine.edges import _output_gradient
+from gradinv_edu.engine.graph import trace
+from gradinv_edu.engine.layers import rule_of
+from gradinv_edu.engine.layers.branches import Block
+from gradinv_edu.engine.propagation import Propagation
 from gradinv_edu.errors import (
     InconsistentGradientError,
     InvalidTensorError,
@@ -88,6 +94,78 @@ def test_a_gradient_of_no_picture_leaves_a_residual() -> None:
 def test_blind_is_not_begun_where_it_cannot_end(conv: nn.Conv2d, shape: tuple[int, ...]) -> None:
     assert not may_be_blind(conv, shape)
     assert may_be_blind(nn.Conv2d(8, 8, 3, padding=1), (8, 2, 2))
+
+
+def test_an_output_gradient_is_read_where_patches_tell_places_apart() -> None:
+    conv, x = nn.Conv2d(2, 3, 2, stride=2).double(), normal((1, 2, 4, 4), 1)
+    k = normal((1, 3, 2, 2), 2)
+    for same in (False, True):  # two places of one patch: their gradients add up unseen
+        if same:
+            x[:, :, :2, 2:] = x[:, :, :2, :2]
+        found = _output_gradient(rule_of(conv), x, gradients(conv, x, k)[0], 0.0)
+        assert found is None if same else found is not None and distance(found, k) < 1e-12
+
+
+# --- along the edges of a block ---
+
+
+class Branching(nn.Module):
+    """``x`` and its ``tanh``, scaled, as two ways that meet."""
+
+    def __init__(self, meet: str) -> None:
+        super().__init__()
+        self.meet, self.scale = meet, seeded(nn.BatchNorm2d(2), 3).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.scale(torch.tanh(x))
+        if self.meet == "cat":
+            return torch.cat([x, y], 1)
+        return x + y if self.meet == "sum" else x * y
+
+
+def moved(meet: str) -> tuple[Propagation, list[Tensor], Callable[[Tensor], list[Tensor]]]:
+    """A block's edges, their true values, and the gradient on each by the one at the output."""
+    block = trace(Branching(meet).double(), (2, 3, 3))[0].module
+    assert isinstance(block, Block)
+    x = normal((1, 2, 3, 3), 1).requires_grad_()
+    values = block.values(x, torch.Generator())
+
+    def gradients_by(k: Tensor) -> list[Tensor]:
+        return [*torch.autograd.grad(values[-1], values, k, retain_graph=True)]
+
+    edges = Propagation(block, {"any": torch.zeros(1).double()}, (2, 3, 3), 1e-15)
+    return edges, [value.detach() for value in values], gradients_by
+
+
+@pytest.mark.parametrize(("meet", "known"), [("cat", 3), ("sum", 0), ("sum", 1), ("product", 1)])
+def test_what_moves_along_the_edges_of_a_block_is_true(meet: str, known: int) -> None:
+    """From one value and the gradient at the output, or that of one way of a sum."""
+    edges, values, gradients_by = moved(meet)
+    k = normal(values[-1].shape, 2)
+    truth = gradients_by(k)
+    edges._know(known, values[known], None)
+    edges.ks[2 if meet == "sum" else 3] = truth[2 if meet == "sum" else 3]
+    while edges._pass():
+        pass
+    for found, true in zip([*edges.values, *edges.ks], [*values, *truth], strict=True):
+        assert found is not None
+        torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
+
+
+def test_a_misread_unit_changes_what_lies_above_it() -> None:
+    """The gradient of a way of a sum, of the sum, and what the sum hands to the other way."""
+    edges, values, gradients_by = moved("sum")
+    k, change = normal(values[-1].shape, 2), normal(values[1].shape, 4)
+    truth = gradients_by(k)
+    edges.ks[1:], edges.pulled = truth[1:], {(2, 0): k, (2, 1): k}  # type: ignore[assignment]
+    edges._turned(1, change)
+    edges._know(0, values[0], None)
+    while edges._pass():
+        pass
+    after = gradients_by(k + change * truth[2] / truth[1])
+    for found, true in zip(edges.ks, after, strict=True):
+        assert found is not None
+        torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
 
 
 # --- by channel ---------------------------------------------------------------------------------

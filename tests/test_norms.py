@@ -116,6 +116,9 @@ def test_the_truth_fulfils_every_row_and_only_patterns_stay_open(norm: str, mask
     A = torch.stack([at.forward(e).flat() for e in torch.eye(len(u)).double()], 1)
     values = torch.linalg.svdvals(A)
     assert float(values[-1]) > 1e-9 * float(values[0])
+    size = A.norm(dim=1)
+    own = 0 if hides is None else 2
+    assert system.equations + own == int((size > 1e-9 * size.max()).sum())
     if hides is not None:  # without their own rows the constants are open
         fewer = torch.linalg.svdvals(torch.cat([A[: -gw.numel() - 2], A[-gw.numel() :]]))
         assert int((fewer < 1e-10 * fewer[0]).sum()) == 2
@@ -213,6 +216,15 @@ def test_a_bias_with_several_channels_a_group_fixes_the_factor() -> None:
         assert found.exact == (not found.hidden) == fixed
         assert gi.audit(model, SHAPE, inputs=x).exact == fixed
         assert gi.metrics.relative_error(found.inputs, x) < (1e-11 if fixed else 1e-6)
+
+
+def test_statistics_weigh_by_how_much_rounding_magnifies_them() -> None:
+    """``σ² = (sent − 0.9)/0.1``: its rounding counts ten times, and more for a large one."""
+    rule = rule_of(nn.BatchNorm2d(2, eps=0.0).double())
+    sent = torch.zeros(2).double(), torch.tensor([1.0, 1.8]).double()
+    mean, deviation, weight = rule.statistics(sent, 10)  # type: ignore[attr-defined]
+    assert mean.tolist() == [0, 0] and (deviation**2).tolist() == pytest.approx([0.9, 8.1])
+    assert weight.tolist() == pytest.approx([0.09, 0.45])
 
 
 def test_running_statistics_make_it_exact() -> None:

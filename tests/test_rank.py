@@ -20,6 +20,7 @@ from gradinv_edu import errors, rank
 from gradinv_edu.engine import evidence, jacobian, leak, segment
 from gradinv_edu.engine.auditing import Auditing
 from gradinv_edu.engine.progress import Deadline, OutOfTime
+from gradinv_edu.engine.sample import _output_gradient
 from gradinv_edu.engine.verdicts import LayerAudit, conclusion
 from gradinv_edu.systems import LayerSystem
 
@@ -494,6 +495,29 @@ def test_batch_norm_in_a_chain() -> None:
     assert gi.audit(model.eval(), (3, 8, 8)).exact
     training = gi.audit(model.train(), (3, 8, 8))  # the means of y are known, not y itself
     assert not training.exact and not training.layers[-2].recoverable
+
+
+class Lone(nn.Module):
+    """A block with a norm over one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.low(x)
+        return self.head((x + self.norm(self.high(x))).flatten(1))
+
+
+def test_a_norm_of_one_number_inside_a_block_ends_the_walk() -> None:
+    found = gi.audit(Lone().double().train(), (2, 3, 3), inputs=torch.rand(1, 2, 3, 3).double())
+    assert [stop.name for stop in found.stops] == ["norm"] and not found.exact
+
+
+def test_two_classes_have_one_gradient_but_for_its_sign_and_size() -> None:
+    k = _output_gradient(torch.zeros(1, 2).double(), torch.Generator().manual_seed(0))
+    assert k.abs().tolist() == [[0.5, 0.5]] and float(k.sum()) == 0
 
 
 def test_without_a_place_to_begin() -> None:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 import gradinv_edu as gi
 from gradinv_edu import errors
+from gradinv_edu.engine.dense import known_gradients
+from gradinv_edu.engine.explained import unexplained
+from gradinv_edu.engine.graph import trace
 from gradinv_edu.engine.recovery import Recovering
 from gradinv_edu.errors import GradientInversionError
 from gradinv_edu.kit.models import ACTIVATIONS
@@ -256,6 +259,31 @@ def test_foreign_truncated_and_quantized_gradients_are_never_trusted() -> None:
     narrow = make(PICTURE, activation="relu", width=0.5, dtype=torch.float64)
     with suppress(GradientInversionError):
         assert not recover(narrow, x, y).exact
+
+
+def test_what_a_dense_layer_leaves_is_relative() -> None:
+    k, x, rest = (torch.rand(shape).double() for shape in ((2, 7), (2, 5), (7, 5)))
+    G = k.T @ x + 1e-3 * rest
+    one, small = (known_gradients(s * G, s * k, None, 0.0) for s in (1.0, 2.0**-20))
+    assert one is not None and small is not None and one[2] > 1e-4
+    assert small[2] == pytest.approx(one[2], rel=1e-9)
+
+
+def test_a_gradient_outside_the_span_of_the_patches_is_not_explained() -> None:
+    """A ramp has patches of rank two, which rounding must not widen; groups are left out."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 5), nn.Flatten(), nn.Linear(64, 3)).double()
+    ramp, steps = torch.arange(8).expand(1, 1, 8, 8).double(), trace(model, (1, 8, 8))
+    span = torch.linalg.qr(torch.stack([torch.ones(25), torch.arange(5).repeat(5)], 1).double()).Q
+    for x in (ramp, torch.rand(1, 1, 8, 8).double()):
+        sent = gi.observe(model, nn.CrossEntropyLoss(), x, torch.tensor([1])).gradients["0.weight"]
+        G = sent.flatten(1)
+        rest = float((G - G @ span @ span.T).norm() / G.norm())
+        for size in (1.0, 2.0**-20):
+            found = unexplained(steps, {"0.weight": sent}, size * ramp, {})
+            assert found == pytest.approx(rest, rel=1e-6, abs=1e-12)
+    grouped = nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.Flatten(), nn.Linear(2, 3)).double()
+    sent = {"0.weight": torch.rand(2, 1, 3, 3).double()}
+    assert unexplained(trace(grouped, (2, 3, 3)), sent, torch.rand(1, 2, 3, 3).double(), {}) is None
 
 
 def test_nothing_of_the_callers_is_changed() -> None:

@@ -245,6 +245,7 @@ def test_a_finished_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda b: b["settings"].update(steps=77), "other settings .steps 77, now 20"),
         (lambda b: b.update(format=0), "other format"),
         (lambda b: b.update(seeds="others"), "other seeds"),
+        (lambda b: b.update(seeds=1), "another format"),
         (lambda b: b.pop("cells"), "no results file of this program"),
         (lambda b: b.update(versions=None), "another format"),
         (lambda b: b.update(settings=[]), "another format"),

@@ -137,7 +137,7 @@ def test_ritz_values_are_singular_values() -> None:
     run = cgls(A, A.rows(normal((60,), 1)), 0.0, 400)
     smallest, largest = ritz_values(run.alphas, run.betas)
     assert largest == pytest.approx(1.0, rel=1e-6) and smallest == pytest.approx(1 / 20, rel=1e-3)
-    assert ritz_values([], []) == (0.0, 0.0)
+    assert ritz_values([], []) == (0.0, 0.0) and ritz_values([4.0], [0.0]) == (0.5, 0.5)
 
 
 # --- rank ---------------------------------------------------------------------------------------

@@ -100,6 +100,15 @@ def test_a_direction_that_hangs_on_one_row_is_no_witness() -> None:
     assert len(rows.witnessed(_of(f.left, K[:, :1]))) > 0
 
 
+def test_few_zeros_that_never_meet_are_no_sign_of_mixtures() -> None:
+    """A tenth of 60 rows each: that both are zero in one row is not to be expected."""
+    K = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).double()
+    for sample in range(3):
+        K[6 * sample : 6 * sample + 6, sample] = 0.0
+    f = low_rank_factors(K @ torch.linalg.qr(K[:20].T.double())[1], 3)
+    assert NonzeroRows(f).ambiguity(_of(f.left, K)) == ""
+
+
 def test_what_is_known_is_not_found_again() -> None:
     G, K = _mixed(200, 30, 6, 4)
     f = low_rank_factors(G, 6)
@@ -180,6 +189,8 @@ def test_precision_and_noise_are_read_off_the_numbers() -> None:
         assert machine_epsilon(G.to(dtype).double()) == torch.finfo(dtype).eps
     noisy = G.float() + 1e-5 * torch.randn(G.shape, generator=torch.Generator().manual_seed(0))
     assert 1e-5 < low_rank_factors(noisy, 5).noise < 1e-3
+    with pytest.raises(InconsistentGradientError, match="has rank 5, which is not the batch size"):
+        low_rank_factors(G + 1e-5 * torch.randn_like(G), 4)
 
 
 def test_progress_is_told_and_the_generator_decides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def test_a_sentence_comes_back_word_for_word(name: str, frozen: bool) -> None:
         update = observed(net, piece[None], ("wte", "wpe", "embed") if frozen else ())
         found = tokens.recover_tokens(net, update)
         assert found.exact and torch.equal(found.ids, piece[:-1])
-        assert found.refused > 10 * found.accepted
+        assert 10 * found.accepted < found.refused <= 1
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
@@ -188,6 +188,7 @@ def test_the_count_of_words_that_pass_by_chance() -> None:
     far = span.distance(torch.randn(count, D, generator=source, dtype=torch.float64))
     passed = int((far < tolerance).sum())
     assert abs(passed / tokens.chance(count, tolerance, D, r) - 1) < 0.15
+    assert tokens.chance(count, 0.0, D, r) == 0.0
     assert span.rank == r and float(span.distance(rows).max()) < 1e-12
 
 

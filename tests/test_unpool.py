@@ -247,6 +247,31 @@ def test_a_round_can_be_watched_and_happens_again() -> None:
     assert distance(z[found.places], found.winners.values) < 1e-9
 
 
+def test_a_norm_of_its_own_statistics_leaves_the_brightness_open() -> None:
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU()
+    model = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(600, 5)).double()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    nn.init.uniform_(model[1].bias, 0.0, 0.2)
+    x, loss = photo(10, 10), nn.CrossEntropyLoss()
+    found = gi.recover(model, gi.observe(model, loss, x, torch.tensor([1])), (3, 10, 10), loss)
+    factor = (found.inputs * x).sum() / found.inputs.square().sum()
+    assert distance(factor * found.inputs, x) < 1e-11 and "brightness" in found.hidden[0]
+    assert found.candidates[0].determined and not found.exact
+
+
+def test_what_is_left_is_relative_to_the_values() -> None:
+    small = CASES["rectangles, gaps"]().solve(rounds=0)
+    conv = seeded(CASES["rectangles, gaps"]().conv, 0)
+    for module in (conv, large := copy.deepcopy(conv)):
+        module.load_state_dict(CASES["rectangles, gaps"]().conv.state_dict())
+    for p in large.parameters():
+        p.data *= 1024
+    case = CASES["rectangles, gaps"]()
+    again = Pooled(large, case.pool, case.x, case.activation).solve(rounds=0)
+    assert again.misfit == pytest.approx(small.misfit, rel=1e-9)
+
+
 # --- what must not be believed ------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ class Edges(Propagation):
         gradients: Mapping[str, Tensor],
         input_shape: tuple[int, ...],
         noise: float,
-        positive: bool = False,
+        positive: bool,
         iterate: bool = True,
     ) -> None:
         super().__init__(block, gradients, input_shape, noise)
