@@ -49,9 +49,11 @@ class Sites(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         """Change a node, or look into it; not into annotations, texts and decorators."""
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            node.decorator_list, kept = [], node.decorator_list
+            outside = {name: getattr(node, name, None) for name in ("decorator_list", "returns")}
+            node.decorator_list, node.returns = [], None  # type: ignore[union-attr]
             self.generic_visit(node)
-            node.decorator_list = kept
+            for name, kept in outside.items():
+                setattr(node, name, kept)
             return node
         if isinstance(node, ast.arguments):
             node.defaults = [self.visit(default) for default in node.defaults]
@@ -103,7 +105,7 @@ class Sites(ast.NodeTransformer):
         return node
 
     def change_Return(self, node: ast.Return) -> Any:
-        if node.value is not None and self.hit(node, "return None"):
+        if ast.unparse(node) not in ("return", "return None") and self.hit(node, "return None"):
             node.value = ast.Constant(None)
         return node
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .kit import __all__ as _KIT
+
 if TYPE_CHECKING:
     from . import (
         batches,
@@ -67,18 +69,6 @@ _HOMES = {
     "Recovery": "recursion",
     "recover": "recursion",
 }
-_KIT = (
-    "data",
-    "language",
-    "layer_drawings",
-    "metrics",
-    "models",
-    "plotting",
-    "quiz",
-    "report",
-    "schematics",
-    "widgets",
-)
 
 __all__ = [
     "Audit",

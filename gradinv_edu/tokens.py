@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checks
 from .checks import checked
 from .engine.low_rank import machine_epsilon
-from .engine.sentences import LIMIT, Reader, Sentences
+from .engine.sentences import Reader, Sentences
 from .engine.solve import Truncated
 from .engine.span import Span, chance
 from .engine.transformer import GPT2, LAYOUTS, LLAMA, Directions, Layout, Parts, locate
@@ -226,7 +226,6 @@ def recover_tokens(
     layout: Layout | None = None,
     length: int | None = None,
     rank: int | None = None,
-    limit: float = LIMIT,
 ) -> Sentences:
     r""":math:`u = \text{norm}(E_v + P_t) \in \text{rowspan}[\,G_Q; G_K; G_V\,]`: a word was there.
 
@@ -249,8 +248,6 @@ def recover_tokens(
         Most tokens of a sentence; by default as many as positions were trained, else 64.
     rank : int, optional
         Distinct inputs, where noise hides them: all other directions count as outside.
-    limit : float
-        Largest distance of a word that is accepted, lowered where chance would fill it.
 
     Returns
     -------
@@ -273,7 +270,7 @@ def recover_tokens(
     Source: Petrov et al. (2024), DAGER, for the span test and its order; positions, all of q, k
     and v, rounds, the count by chance and ``exact`` are this project's.
     """
-    reader = Reader(model, update, layout, length, rank, limit)
+    reader = Reader(model, update, layout, length, rank)
     return _by_positions(reader.parts, reader.updates) or reader.read()
 
 

@@ -57,8 +57,10 @@ def test_a_case_that_once_ended_in_an_error_claims_nothing(name: str, seed: int)
 
 
 def test_a_mutant_differs_in_one_place_and_leaves_texts_alone() -> None:
-    source = "def f(x: int = 2) -> float:\n    'one'\n    if x > 1 and True:\n        x += 1\n"
-    source += "    print(-x)\n    return x * 3.0\n"
+    source = (
+        "def f(x: int = 2) -> float | None:\n    'one'\n    if x > 1 and True:\n        x += 1\n"
+    )
+    source += "        return None\n    print(-x)\n    return x * 3.0\n"
     counted = mutants.Sites()
     counted.visit(ast.parse(source))
     made = {ast.unparse(mutants.Sites(n).visit(ast.parse(source))) for n in range(13)}

@@ -424,10 +424,10 @@ def _solve(
     return exact.undo(cgls(exact, b, target, steps, fast=fast, start=begun).x)
 
 
-def _blur(field: Tensor, width: float = 1.5) -> Tensor:
-    """Gaussian mean over neighbours, axis by axis."""
+def _blur(field: Tensor) -> Tensor:
+    """Gaussian mean over neighbours, 1.5 wide, axis by axis."""
     t = torch.arange(-5.0, 6.0, dtype=field.dtype, device=field.device)
-    kernel = (-t * t / (2 * width**2)).exp()
+    kernel = (-t * t / (2 * 1.5**2)).exp()
     kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
     for axis in range(field.dim()):
         lines = field.movedim(axis, -1)

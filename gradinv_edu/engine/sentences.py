@@ -20,9 +20,9 @@ from ..update import Update
 from .span import Span, chance, extend
 from .transformer import Directions, Layout, Parts, locate
 
-__all__ = ["LIMIT", "Reader", "Sentences"]
+__all__ = ["Reader", "Sentences"]
 
-LIMIT = 0.05  # distance to a span beyond which no word is accepted
+LIMIT = 0.05  # distance to a span beyond which no word is accepted; less where chance would fill it
 CHANCE = 1e-2  # words expected inside the limit by chance, beyond which it is lowered
 CLEAR = 10.0  # how much farther the nearest refused must lie than the farthest accepted
 AMPLIFIED = 1e4  # distance of a true beginning, at most, over the relative noise of the rows
@@ -84,7 +84,6 @@ class Reader:
         layout: Layout | None,
         length: int | None,
         rank: int | None,
-        limit: float,
     ) -> None:
         self.updates = [update] if isinstance(update, Update) else [*update]
         models = [model] if isinstance(model, nn.Module) else [*model]
@@ -100,7 +99,6 @@ class Reader:
         self.rounds = [locate(one, layout) for one in models]
         self.parts = self.rounds[0]
         self.hard = rank if rank is None else checks.whole(rank, "rank")
-        self.limit = checks.number(limit, "limit", "between 0 and 1", lambda v: 0 < v < 1)
         self.length = self._length(length)
         self.samples = max(sent.samples for sent in self.updates)
 
@@ -158,7 +156,7 @@ class Reader:
             )
         places = self.length if learned else 1
         tested = self.parts.vocabulary * places
-        limit = self.limit
+        limit = LIMIT
         while chance(tested, limit, dimension, span.rank) > CHANCE and limit > 1e-12:
             limit /= 1.2
         sets, accepted, refused = self._words(span, limit, places)
@@ -166,7 +164,7 @@ class Reader:
         if not len(words):
             raise NotRecoveredError(
                 f"No word lies within {limit:.1g} of the first block's span, the nearest at "
-                f"{refused:.1g}: the gradient is another model's, or too noisy; see rank and limit."
+                f"{refused:.1g}: the gradient is another model's, or too noisy; see rank."
             )
         sequences, second = self._sentences(sets, learned)
         used = torch.unique(torch.cat(sequences)) if sequences else words[:0]
@@ -184,7 +182,7 @@ class Reader:
 
     def _limit(self, span: Span) -> float:
         """Distance that the noise may cause: true words lie at some tens of it."""
-        return min(self.limit, max(AMPLIFIED * span.noise / float(span.values[0]), 1e-6))
+        return min(LIMIT, max(AMPLIFIED * span.noise / float(span.values[0]), 1e-6))
 
     def _dimension(self, learned: bool) -> int:
         """Of the space that words can lie in: a LayerNorm takes one dimension away."""

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from importlib import import_module
 
-__all__ = ["data", "metrics", "models", "plotting", "quiz", "report", "widgets"]
+__all__ = [
+    "data",
+    "language",
+    "layer_drawings",
+    "metrics",
+    "models",
+    "plotting",
+    "quiz",
+    "report",
+    "schematics",
+    "widgets",
+]
 
 
 def __getattr__(name: str) -> object:

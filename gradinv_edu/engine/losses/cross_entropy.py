@@ -61,12 +61,6 @@ class CrossEntropy(Rule):
         """The negative entry of ``k``."""
         return torch.tensor(_label(k, z), device=k.device)
 
-    def draw_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Uniform classes, ``(N,)``."""
-        samples, classes = outputs.shape
-        drawn = torch.randint(classes, (samples,), generator=generator, device=generator.device)
-        return drawn.to(outputs.device)
-
 
 @checked
 def recover_from_cross_entropy(

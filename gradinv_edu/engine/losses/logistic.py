@@ -34,11 +34,6 @@ class Logistic(Rule):
         """``sigmoid(z) − k``."""
         return torch.sigmoid(z) - k
 
-    def draw_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Zeros and ones, ``(N, m)``."""
-        drawn = torch.rand(outputs.shape, generator=generator, device=generator.device)
-        return (drawn > 0.5).to(outputs)
-
 
 @checked
 def recover_from_logistic(

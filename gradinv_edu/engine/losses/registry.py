@@ -145,10 +145,6 @@ class Rule(ABC):
     def target(self, z: Tensor, k: Tensor) -> Tensor:
         """Target of one sample with outputs ``z`` and slope ``k``, both ``(m,)``."""
 
-    @abstractmethod
-    def draw_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Random targets that go with outputs ``(N, m)``."""
-
 
 RULES: dict[type[nn.Module], type[Rule]] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import UndeterminedScaleError
@@ -30,8 +29,3 @@ class SquaredError(Rule):
     def target(self, z: Tensor, k: Tensor) -> Tensor:
         """``z − k/2``."""
         return z - k / 2
-
-    def draw_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Gaussian, ``(N, m)``."""
-        drawn = torch.randn(outputs.shape, generator=generator, device=generator.device)
-        return drawn.to(outputs)
