@@ -19,6 +19,8 @@ from torch import nn
 
 import gradinv_edu as gi
 from gradinv_edu import cli
+from gradinv_edu.engine.loading import told
+from gradinv_edu.errors import InvalidTensorError
 
 PACKAGE = """
 import torch
@@ -152,6 +154,23 @@ def test_the_demo_leaks(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["exact"] is True and found["psnr"] > 90 and Path("recovered.png").exists()
     assert cli.main(["demo", "--size", "16"]) == 0
     assert "▀" in capsys.readouterr().out
+
+
+class Picky(nn.Linear):
+    """A model with words of its own for an input that it does not take."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] != 4:
+            raise KeyError("four features")
+        return super().forward(x)
+
+
+def test_what_a_model_says_of_a_shape_is_told_with_what_to_do() -> None:
+    words = pytest.raises(InvalidTensorError, match=r"four features.*Give --input")
+    with words, told("net", Picky(4, 2), (5,)):
+        pass
+    with told("net", Picky(4, 2), (4,)):
+        pass
 
 
 REFUSED = [

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import gradinv_edu as gi
 from gradinv_edu import federation
 from gradinv_edu.engine.attackers import OWN, Attacker
+from gradinv_edu.engine.client import attack
 from gradinv_edu.errors import (
     InvalidArgumentError,
     InvalidTensorError,
@@ -284,6 +285,14 @@ def test_a_batch_is_judged_by_the_sample_that_leaks_most() -> None:
     best = [max(psnr(row, i) for row in rows) for i in range(4)]
     assert max(best) > min(best) + 3
     assert audit.reports[0].worst.psnr == pytest.approx(max(best), abs=0.01)
+
+
+def test_the_recursion_is_asked_for_as_many_samples_as_one_step_saw() -> None:
+    model = dense()
+    for many, settings in ((2, {}), (1, {"local_steps": 2, "learning_rate": 0.01})):
+        sent = gi.observe(model, LOSS, PHOTOS[:many], LABELS[:many], **settings)
+        found = attack("recursion", model, sent, SHAPE, LOSS, math.inf)
+        assert isinstance(found, Tensor) and len(found) == many
 
 
 def test_gradient_matching_finds_what_the_exact_attacks_do_not() -> None:

@@ -54,6 +54,16 @@ def test_the_slope_is_that_of_automatic_differentiation(loss: nn.Module) -> None
     torch.testing.assert_close(found, k, rtol=1e-6, atol=1e-7)
 
 
+def test_what_a_head_leaves_is_relative() -> None:
+    g, loss = torch.Generator().manual_seed(2), nn.BCEWithLogitsLoss()
+    W, b, x, rest = (torch.randn(s, generator=g).double() for s in ((6, 9), (6,), (9,), (6,)))
+    k = (torch.sigmoid(W @ x + b) - (rest > 0).double()) / 6 * (1 + 1e-13 * rest)
+    left = [
+        losses.rule(loss).heads(W / a, b, torch.outer(k, a * x), None)[0].residual for a in (1, 64)
+    ]
+    assert left[1] == pytest.approx(left[0], rel=0.1) and 1e-14 < left[0] < 1e-12
+
+
 @pytest.mark.parametrize("loss", EVERY, ids=repr)
 def test_the_target_is_found_from_outputs_and_slope(loss: nn.Module) -> None:
     g, rule = torch.Generator().manual_seed(1), losses.rule(loss)

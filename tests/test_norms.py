@@ -12,7 +12,8 @@ from benchmarks.random_nets import LOSS, Shape, Verdicts, drawn, normed_net, ver
 from gradinv_edu import errors
 from gradinv_edu.engine import blind, edge_norms
 from gradinv_edu.engine.gauss_newton import Linearised
-from gradinv_edu.engine.hidden import Hidden, constants
+from gradinv_edu.engine.graph import trace
+from gradinv_edu.engine.hidden import Hidden, _searched, constants, shifts
 from gradinv_edu.engine.hidden import fitted as factors
 from gradinv_edu.engine.layers import Undone, rule_of
 from gradinv_edu.engine.layers.norms import Norm
@@ -262,6 +263,50 @@ def test_constants_that_a_stride_hides_are_found_inside_and_named_at_the_input()
     assert gi.metrics.relative_error(best, x.reshape(-1, 1)) < 1e-10
 
 
+def test_what_a_norm_hides_is_told_at_its_own_layer() -> None:
+    """A factor, or constants that nothing below tells: of the layer above, and of no other."""
+    bend, conv = nn.LeakyReLU(0.2), lambda *size, **o: nn.Conv2d(*size, 3, padding=1, **o)
+    chain_ = [nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), bend]
+    for low, high in ((8, 12), (12, 14)):
+        chain_ += [conv(low, high, bias=False), nn.BatchNorm2d(high), bend]
+    open_ = [conv(2, 8), bend, conv(8, 16, stride=2), nn.BatchNorm2d(16), bend]
+    for layers, size, names in (
+        (chain_, 14 * 36, ["10", "6+7", "3+4", "0+1"]),
+        (open_, 16 * 9, ["6", "2+3", "0"]),
+    ):
+        model = drawn(nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 5)))
+        update = gi.observe(model, LOSS, torch.rand(1, 2, 6, 6).double(), torch.tensor([1]))
+        found = gi.recover(model, update, (2, 6, 6), LOSS)
+        assert [report.name for report in found.layers] == names
+        assert all(("+" in report.name) == bool(report.hidden) for report in found.layers)
+    assert [report.full_rank for report in found.layers] == [True, False, True]
+
+
+def test_constants_are_told_by_a_norm_below_that_gives_each_a_group() -> None:
+    value, number = torch.rand(1, 4, 3, 3).double(), torch.arange(4).reshape(1, 4, 1, 1)
+    number = number.expand(1, 4, 3, 3)
+    dark = nn.BatchNorm2d(4)
+    nn.init.zeros_(dark.weight[:1].data)
+    for norm, told in ((nn.BatchNorm2d(4), True), (nn.GroupNorm(2, 4), False), (dark, False)):
+        steps = trace(nn.Sequential(nn.Conv2d(2, 4, 1), norm), (2, 3, 3))
+        assert (shifts(steps, 1, value, number) is not None) == told
+
+
+def test_factor_and_constants_are_read_off_the_entries_that_are_known() -> None:
+    x, number = torch.rand(1, 2, 3, 3).double(), torch.arange(2).reshape(1, 2, 1, 1)
+    number = number.expand(1, 2, 3, 3)
+    value = 2 * x + torch.tensor([0.3, -0.7])[number]
+    known = torch.arange(18).reshape(1, 2, 3, 3) % 4 > 0
+    found = edge_norms.by_entries(x, (value, known), number)
+    assert found is not None
+    torch.testing.assert_close(found, value)
+    assert edge_norms.by_entries(x, (-value, known), number) is None  # a factor is positive
+
+
+def test_a_factor_is_found_over_many_decades() -> None:
+    assert abs(_searched(lambda log: abs(log - 3.21)) - 3.21) < 2e-3
+
+
 def test_batch_norm_of_two_samples() -> None:
     model = chain("batch", "leaky")
     x = torch.cat([photo(), gi.data.photo("astronaut", SIDE, dtype=torch.float64)])
@@ -365,7 +410,7 @@ def test_by_channel_answers_as_all_rows_do(norm: str) -> None:
     module = rule.module
     module(conv(x)).backward(k)
     grads = tuple(p.grad for p in (conv.weight, module.weight, module.bias))
-    one = edge_norms.solve(conv, rule, k, None, (6, 4, 4), grads, 0.0)
+    one = edge_norms.solve(conv, rule, k, None, (6, 4, 4), grads, 0.0, iterate=False)
     assert one is not None and one.solution.full_rank and one.solution.residual < 1e-12
     assert fitted(one.inputs, x) < 1e-12
     assert gi.metrics.relative_error(one.output, rule.forward(conv(x))) < 1e-12

@@ -183,7 +183,8 @@ def test_labels_are_counted(bias: bool, classes: list[int]) -> None:
     for settings in ({}, {"local_steps": 3, "learning_rate": 0.001, "momentum": 0.5}):
         update = sharing.observe(net, CE, x, torch.tensor(classes), **settings)  # type: ignore[arg-type]
         found = labels.recover_labels(net, update, CE, SHAPE).tolist()
-        assert found == sorted(classes) or (not bias and set(found) <= set(classes))
+        rough = not bias and 0 in classes  # the class that this network prefers
+        assert found == sorted(classes) or (rough and set(found) <= set(classes))
 
 
 def test_steps_that_move_the_weights_do_not_hide_the_label_of_one_sample() -> None:

@@ -680,6 +680,10 @@ def test_refusals(case: int) -> None:
         call()
 
 
+def test_a_jacobian_under_the_logistic_loss_draws_its_target() -> None:
+    assert rank.jacobian_rank(gi.models.mlp((4, 3, 1), "tanh"), (4,)).rank == 4
+
+
 def test_a_jacobian_of_hard_sigmoids() -> None:
     """torch does not differentiate their gradient; the same function of other parts it does."""
     net = nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid(), nn.Linear(6, 3)).double()
