@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradinv_edu.engine import channels, kinks
+from gradinv_edu.engine.layers import rule_of
 from gradinv_edu.systems import LayerSystem
 
 
@@ -48,6 +49,16 @@ def test_rows_by_channel_are_the_dense_rows(case: tuple[nn.Conv2d, tuple[int, ..
     assert both is not None and round(both.undetermined * x.numel()) == x.numel() - whole
     if both.full_rank:
         torch.testing.assert_close(both.x, x, rtol=1e-6, atol=1e-6)
+
+
+def test_one_channels_matrix_has_a_row_for_each_tap_of_each_filter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conv = nn.Conv2d(2, 6, 3, padding=1, groups=2).double()
+    operator = rule_of(conv).operator(normal((1, 6, 4, 4), 0), (2, 4, 4))  # type: ignore[attr-defined]
+    for entries in (3 * 9 * 16 - 1, 3 * 9 * 16):
+        monkeypatch.setattr(channels, "ENTRIES", entries)
+        assert channels.small(operator) == (entries == 3 * 9 * 16)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.6])

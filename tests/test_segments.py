@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,12 @@ def test_a_walk_asks_only_layers_with_equations_to_spare() -> None:
     conv = nn.Conv2d(1, 3, 3, padding=1).double()
     floor = segment.Floor("conv", conv, normal((2, 1, 5, 5), 0), [rule_of(nn.Tanh())])
     assert segment.spare_equations([floor], 10) == 2 * (3 * 25 - 25) - 10
+
+
+def test_the_floors_together_leave_out_a_share_of_the_spare_rows() -> None:
+    for floors, spare, each in ((1, 12, 6), (3, 12, 2), (3, -4, 0)):
+        own = SimpleNamespace(share=0.5, spare=spare, floors=[None] * floors)
+        assert segment._Problem.dropped.fget(own) == each  # type: ignore[attr-defined]
 
 
 def test_a_floor_is_its_matrix_and_undoes_what_it_activates() -> None:
