@@ -440,6 +440,7 @@ def test_one_step_is_the_least_squares_step() -> None:
     values, found = torch.linalg.svdvals(J), done.solution
     assert 0.1 <= found.smallest_singular_value / float(values[-1]) <= 1.1
     assert found.largest_singular_value >= 0.9 * float(values[0])
+    assert found.iterations > X.numel()  # of the step, and of the test of its rank
 
 
 def test_the_gradient_of_the_steps_is_the_one_that_is_sent() -> None:
