@@ -111,3 +111,7 @@ def test_the_gradient_of_a_bias_names_units_on_the_wrong_side(count: int) -> Non
     found = kinks.told_by_sums(k, turn, sums, 1e-9)
     assert torch.equal(found, off)
     assert not bool(kinks.told_by_sums(k, turn, k.flatten(2).sum(2)[0], 1e-9).any())
+    flat, turned = k.flatten(1)[:, :5], turn.flatten(1)[:, :5]  # a dense layer's: one place each
+    wrong = torch.tensor([[False, True, False, False, True]])
+    told = kinks.told_by_sums(flat, turned, (flat + wrong * turned)[0], 1e-9)
+    assert told.equal(wrong & (turned.abs() > 1e-6))

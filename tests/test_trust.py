@@ -50,7 +50,7 @@ def test_a_wrong_claim_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert campaign.cases("labels", 0, 5)["wrong"] == [3]
 
 
-@pytest.mark.parametrize(("name", "seed"), [("networks", 551), ("masks", 165)])
+@pytest.mark.parametrize(("name", "seed"), [("networks", 551), ("networks", 5150), ("masks", 165)])
 def test_a_case_that_once_ended_in_an_error_claims_nothing(name: str, seed: int) -> None:
     """551: more rows to drop than one channel has; 165: dropout drops all, and rounding is left."""
     assert not getattr(campaign, name)(seed).claimed

@@ -68,7 +68,7 @@ def told_by_sums(k: Tensor, turn: Tensor, sums: Tensor, noise: float) -> Tensor:
     Parameters
     ----------
     k, turn : Tensor
-        ``(1, filters, …)``, as for :func:`~gradinv_edu.segments.misread`.
+        ``(1, filters, …)`` or ``(1, filters)``, as for :func:`~gradinv_edu.segments.misread`.
     sums : Tensor
         ``Σ_ℓ k``, ``(filters,)``, as it was sent.
     noise : float
@@ -83,11 +83,12 @@ def told_by_sums(k: Tensor, turn: Tensor, sums: Tensor, noise: float) -> Tensor:
     -----
     Source: this project's.
     """
-    found = torch.zeros_like(turn, dtype=torch.bool).flatten(2)[0]
-    gaps = sums - k.flatten(2)[0].sum(1)
+    turns = turn.reshape(len(sums), -1)  # behind a dense layer a filter has one place
+    found = torch.zeros_like(turns, dtype=torch.bool)
+    gaps = sums - k.reshape(turns.shape).sum(1)
     least = BLURRED * noise * float(k.abs().max())
     for f in (gaps.abs() > least).nonzero().flatten().tolist():
-        own = turn.flatten(2)[0, f]
+        own = turns[f]
         doubtful = (own.abs() > least).nonzero().flatten()
         alone = (own[doubtful] - gaps[f]).abs()
         if len(doubtful) and float(alone.min()) <= least:
