@@ -5,8 +5,7 @@ Made by exercises/recording.py: what students get.
 
 from __future__ import annotations
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 import torch
@@ -60,16 +59,6 @@ class _Blur:
         noisy = {n: t + self.sigma * torch.randn(t.shape, generator=self.generator) for n, t in arrays.to_torch_state_dict().items()}
         reply.content.array_records[name] = ArrayRecord(noisy)
         return reply
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the guard's warnings for the reports, and out of the notebook."""
-    logger = logging.getLogger('gradinv_edu.federation')
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 def check_guarded(guarded: Student, seed: int=4) -> None:
     """Check: a guard that judges what leaves, in a federation of Flower's."""
     model = gi.models.mlp([64, 40, 10], generator=torch.Generator().manual_seed(seed))
@@ -86,7 +75,7 @@ def check_guarded(guarded: Student, seed: int=4) -> None:
         audits = [mod for mod in mods if isinstance(mod, gi.federation.LeakAudit)]
         demand(audits, Guarded.no_guard)
         demand(noise in mods, Guarded.noise_thrown_out)
-        with _silent():
+        with gi.federation.quiet(logging.CRITICAL):
             received = _round(model, data, mods).received
         guard = audits[0]
         if sigma == 1.0:
