@@ -31,7 +31,8 @@ def _kind(cell: Any) -> str:
 def _headings(path: Path) -> list[str]:
     cells = nbformat.read(path, as_version=4).cells
     texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    return re.findall(r"^#{1,2} .*$", "\n".join(texts), re.MULTILINE)
+    text = re.sub(r"^```.*?^```$", "", "\n".join(texts), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^#{1,2} .*$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
