@@ -99,7 +99,7 @@ def observe(
 
         def gradient(step: int) -> list[Tensor]:
             places = torch.arange(step * size, (step + 1) * size) % len(x)
-            return _gradient(client, loss, weights, x[places], y[places])
+            return loss_gradient(client, loss, weights, x[places], y[places])
 
         with _own_randomness(client, generator):
             if learning_rate is None:
@@ -184,9 +184,10 @@ def stepping(weights: list[Tensor], u: Update) -> Callable[[list[Tensor]], None]
     return lambda gradients: adam(weights, gradients, means, squares, [], counts, **known)
 
 
-def _gradient(
+def loss_gradient(
     model: nn.Module, loss: Loss, weights: list[Tensor], x: Tensor, y: Tensor
 ) -> list[Tensor]:
+    """Return ``∂L/∂w`` of each weight; zero for one that the loss does not depend on."""
     given = f"inputs {tuple(x.shape)} with targets {tuple(y.shape)}, {y.dtype}"
     with checks.fitting(f"Model and loss do not take {given}"):
         outputs = model(x)

@@ -261,13 +261,10 @@ def test_a_norm_of_its_own_statistics_leaves_the_brightness_open() -> None:
 
 
 def test_what_is_left_is_relative_to_the_values() -> None:
-    small = CASES["rectangles, gaps"]().solve(rounds=0)
-    conv = seeded(CASES["rectangles, gaps"]().conv, 0)
-    for module in (conv, large := copy.deepcopy(conv)):
-        module.load_state_dict(CASES["rectangles, gaps"]().conv.state_dict())
+    case = CASES["rectangles, gaps"]()
+    small, large = case.solve(rounds=0), copy.deepcopy(case.conv)
     for p in large.parameters():
         p.data *= 1024
-    case = CASES["rectangles, gaps"]()
     again = Pooled(large, case.pool, case.x, case.activation).solve(rounds=0)
     assert again.misfit == pytest.approx(small.misfit, rel=1e-9)
 

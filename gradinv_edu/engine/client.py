@@ -20,7 +20,7 @@ from ..errors import (
     InvalidTensorError,
     UnknownNameError,
 )
-from ..sharing import Loss, Update, stepping
+from ..sharing import Loss, Update, loss_gradient, stepping
 from . import attackers
 from .progress import Deadline, OutOfTime
 from .received import Answer, Received
@@ -165,11 +165,9 @@ def client_app(model: nn.Module, loss: Loss, data: Data, mods: Sequence[Any] = (
         size, step = schedule.batch_size or len(inputs), stepping(trained, schedule.update({}, 1))
         for _ in range(schedule.local_epochs):
             for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
-                gradients = torch.autograd.grad(
-                    loss(client(x), y), trained, allow_unused=True, materialize_grads=True
-                )
+                gradients = loss_gradient(client, loss, trained, x, y)
                 with torch.no_grad():
-                    step([*gradients])
+                    step(gradients)
         return Message(_answer(client.state_dict(), len(inputs), older), reply_to=message)
 
     return app

@@ -41,7 +41,8 @@ SILENCE = {  # nor Flower and Ray in the processes that they start
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns of its next version
 }
-LOGS = ("flwr", "ray", "gradinv_edu.federation")
+FRAMEWORK = ("flwr", "ray")  # whose logs
+LOGS = (*FRAMEWORK, "gradinv_edu.federation")
 FIRST_NODE = 100  # Flower keeps 1 for the server
 
 
@@ -183,7 +184,7 @@ def simulate(
         result: Result = strategy.start(grid, arrays, num_rounds=rounds, train_config=config)
         return result
 
-    with quiet(logs=LOGS[:2]):  # what the guard has to say is the caller's to hear
+    with quiet(logs=FRAMEWORK):  # what the guard has to say is the caller's to hear
         if processes:
             return _on_ray(start, app, clients, processes)
         with _task():
