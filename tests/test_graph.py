@@ -330,3 +330,22 @@ def test_a_wrong_input_shape_is_refused_where_it_fails(shape: Shape, place: str)
     with pytest.raises(InvalidTensorError, match=r"add does not take inputs of shape \(3,\), \(2"):
         trace(added, (3,))
     assert len(trace(model, (1, 5, 5))) == 4
+
+
+def test_an_interrupt_at_the_end_of_a_trace_leaves_torch_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C while torch.fx took its own back left every later call of any module traced."""
+    method, patched = nn.Module.__call__, fx._symbolic_trace._PatchedFnSetAttr
+    revert, raised = patched.revert, iter([KeyboardInterrupt])
+
+    def interrupted(self: object) -> None:
+        for error in raised:
+            raise error
+        revert(self)
+
+    monkeypatch.setattr(patched, "revert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace(nn.Sequential(conv()), (2, 4, 4))
+    assert nn.Module.__call__ is method
+    assert len(trace(nn.Sequential(conv()), (2, 4, 4))) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Lock, get_ident
@@ -172,9 +173,20 @@ class _Tracer(fx.Tracer):
 _ALONE = Lock()  # torch.fx changes nn.Module itself for as long as it traces
 
 
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Give ``nn.Module`` back as it was: an interrupt may end torch.fx as it takes its own back."""
+    kept = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(nn.Module, name, method)
+
+
 def _graph(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
     try:
-        with _ALONE:
+        with _ALONE, _restored():
             return tracer.trace(model)
     except Exception as error:  # a forward pass may raise anything on what stands for a tensor
         raise UnsupportedLayerError(
