@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import distance, seeded
 from torch import Tensor, nn
 
 from gradinv_edu.engine import channels, kinks
 from gradinv_edu.engine.layers import rule_of
+from gradinv_edu.engine.solve import Solution
 from gradinv_edu.systems import LayerSystem
 
 
@@ -100,6 +102,39 @@ def test_signs_tell_what_many_zeros_leave_open_and_claim_nothing_else(seed: int)
     assert channels.nonnegative(few) is few
     wrong = channels.Channels(found.x - 2 * found.x.abs().max(), 1.0, 1.0, 12, found.free)
     assert channels.nonnegative(wrong).missing == 12
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_signs_tell_it_through_noise_as_near_as_the_noise(seed: int) -> None:
+    found, x = program(0.6, 12, seed)
+    noise = 1e-5
+    moved = found.x + noise * normal(tuple(x.shape), seed + 3) * x.abs().max()
+    told = channels.nonnegative(channels.Channels(moved, 1.0, 1.0, 12, found.free), noise)
+    assert told.missing == 0 and distance(told.x, x) < 10 * noise
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_filters_that_stand_out_are_read_again_from_what_the_others_tell(kernel: int) -> None:
+    """Units of six filters in forty, too many for a pursuit one by one."""
+    conv = seeded(nn.Conv2d(20, 40, kernel, padding=kernel // 2, bias=False), 0)
+    x, k = normal((1, 20, 3, 3), 1).clamp_min(0), normal((1, 40, 3, 3), 2)
+    G = LayerSystem(conv, k, (20, 3, 3)).matvec(x)[1]
+    places = torch.rand(k.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    wrong = places & (torch.arange(40) < 6).reshape(-1, 1, 1)
+    turn = torch.where(places, normal(tuple(k.shape), 4), torch.zeros_like(k))
+    read = torch.where(wrong, k - turn, k)
+
+    def solve(k: Tensor, G: Tensor, before: Solution | None) -> tuple[LayerSystem, Solution]:
+        system = LayerSystem(conv, k, (20, 3, 3))
+        solution = system.by_channel(None, G)
+        assert solution is not None
+        return system, solution
+
+    first = solve(read, G, None)
+    system, solution, turned = kinks.settle(*first, G, turn, solve)
+    assert turned == int((wrong & (turn != 0)).sum()) > 20
+    assert distance(solution.x, x) < 1e-9 < 1e-3 < distance(first[1].x, x)
+    torch.testing.assert_close(system.k, k)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -216,6 +216,16 @@ def test_resnet18_gives_a_photograph_away(resnet: tuple[nn.Module, Tensor, gi.Up
     assert names[0].startswith("layer") and names[-1] == "conv1+…+maxpool"
 
 
+def test_resnet50_gives_it_away_in_float32() -> None:
+    """Its wide layers lose units to rounding: signs, and the filters that stand out, tell them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(101)
+        model = torchvision.models.resnet50(num_classes=10).eval()
+    x = gi.data.photo("cat", 32)
+    found = gi.recover(model, gi.observe(model, CE, x, LABEL), RESNET, CE)
+    assert distance(found.inputs, x.double()) < 1e-5
+
+
 class Small(nn.Module):
     """Two residual blocks under an average of all positions, norms with random statistics."""
 

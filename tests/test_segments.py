@@ -307,7 +307,7 @@ def misread(which: int, seed: int) -> Misread:
 
 
 def settled(system: LayerSystem, z: Tensor, g: Tensor, turn: Tensor):  # type: ignore[no-untyped-def]
-    def solve(k: Tensor, before: Solution):  # type: ignore[no-untyped-def]
+    def solve(k: Tensor, g: Tensor, before: Solution):  # type: ignore[no-untyped-def]
         again = LayerSystem(system.module, k, system.input_shape)
         return again, again.solve(z, g, before=before)
 

@@ -19,6 +19,7 @@ ENTRIES = 1e7  # of that matrix
 FREE = 3e7  # entries of all directions that these rows leave open, written out as pictures
 SIGNED = 1500  # of them that signs may tell
 NEWTON = 60  # steps towards a point without negative entries
+BELOW = 0.01  # of the largest entry: how far below zero noise may leave one at such a point
 SLACK = 1e-10  # of the largest entry, by which one may be negative
 RANK = 1e-10  # singular values below this share of the largest count as zero
 
@@ -158,11 +159,17 @@ def nonnegative(found: Channels, noise: float = 0.0) -> Channels:
         left = start + N @ c
         if float(left.clamp_max(0).norm()) > (1 - 1e-6) * before:
             break
-    zero = left.abs() <= 1e3 * slack
-    if float(left.min()) < -slack or int(zero.sum()) <= len(c):
+    if float(left.min()) < -BELOW * top:
         return found
-    told = Truncated.of(N[zero])
-    if told.rank < len(c) or not _surrounded(N[zero]):
+    limit, before = 10 * max(slack, -float(left.min())), math.inf
+    while limit < before:  # zero is what fits zero as well as the others do
+        zero = left.abs() <= limit
+        told = Truncated.of(N[zero])
+        if int(zero.sum()) <= len(c) or told.rank < len(c):
+            return found
+        left = start + N @ told.solve(-start[zero])
+        before, limit = limit, max(slack, 6 * float(left[zero].square().mean().sqrt()))
+    if float(left.min()) < -6 * before or not _surrounded(N[zero]):
         return found
     answer = x + every @ told.solve(-start[zero])
     smallest = min(found.smallest, told.smallest / float(told.values[0]) * found.largest)

@@ -192,7 +192,9 @@ class Edges(Propagation):
             return None
         few = G.numel() < n and above is not None and part is None
 
-        def solve(k: Tensor, before: Solution | None = None) -> tuple[LayerSystem, Solution]:
+        def solve(
+            k: Tensor, G: Tensor, before: Solution | None = None
+        ) -> tuple[LayerSystem, Solution]:
             mask = None if above is None else above[1].to(k.dtype)
             system = LayerSystem(module, k, shape, mask)
             found = None if few else system.solve(None, G, noise=self.noise)
@@ -209,7 +211,7 @@ class Edges(Propagation):
 
         k = self._summing(place + 1, k, self._total(place))
         turn = self.turns.get(place + 1)
-        system, solution = solve(k)
+        system, solution = solve(k, G)
         doubtful = solution.residual > DOUBT * self.noise and solution.full_rank
         if doubtful and turn is not None and bool(turn.any()):
             system, solution, turned = kinks.settle(system, solution, G, turn, solve)

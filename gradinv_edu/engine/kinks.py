@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,14 @@ from .solve import Solution
 
 __all__ = ["in_doubt", "misread", "settle", "told_by_sums"]
 
+Solve = Callable[[Tensor, Tensor, Solution], tuple[LayerSystem, Solution]]
+
 COSINE = 0.5  # of the best match: what chance alone does not reach
 ASIDE = 0.5  # of the best match, that another filter's must have to be turned along
 GAIN = 0.9  # of the residual: what a solution on the other sides must stay under
 ROUNDS = 20
+OUTLYING = 10.0  # times the median, what is left of a filter that stands out
+TRIMS, FEW = 6, 1024  # times that filters are left out or taken back; units in doubt of one
 BLURRED = 100.0  # times the noise: a gap between sums that rounding does not make
 
 
@@ -131,13 +136,15 @@ def settle(
     solution: Solution,
     weight_gradient: Tensor,
     turn: Tensor,
-    solve: Callable[[Tensor, Solution], tuple[LayerSystem, Solution]],
+    solve: Solve,
 ) -> tuple[LayerSystem, Solution, int]:
     r""":math:`K(k') = K(k) + e_j`, as long as turns explain what is left.
 
     Turns the units that :func:`misread` names and solves again; a solution that leaves less
-    unexplained is kept, and the search goes on from it. Where no turn explains anything, as under
-    noise, the first solution stays, and so it does where the layer is grouped.
+    unexplained is kept, and the search goes on from it. Then the filters that stand out, if there
+    are any, are left out, and read again from the input that the others give. Where no turn
+    explains anything, as under noise, the first solution stays, and so it does where the layer is
+    grouped.
 
     Parameters
     ----------
@@ -146,8 +153,8 @@ def settle(
     weight_gradient, turn : Tensor
         As for :func:`misread`.
     solve : callable
-        From another output gradient ``k``, and the solution before, to the system and its
-        solution.
+        From another output gradient ``k``, the weight gradient, and the solution before, to the
+        system and its solution.
 
     Returns
     -------
@@ -165,11 +172,82 @@ def settle(
         found = misread(system, solution.x, weight_gradient, turn)
         if not bool(found.any()):
             break
-        turned, again = solve(system.k + turn * found, solution)
+        turned, again = solve(system.k + turn * found, weight_gradient, solution)
         if not again.full_rank or again.residual > GAIN * solution.residual:
             break
         system, solution, turn = turned, again, torch.where(found, -turn, turn)
+    found = _reread(system, solution, weight_gradient, turn, solve)
+    if bool(found.any()):
+        turned, again = solve(system.k + turn * found, weight_gradient, solution)
+        if again.full_rank and again.residual <= GAIN * solution.residual:
+            system, solution = turned, again
     return system, solution, int((system.k != first).sum())
+
+
+def _reread(
+    system: LayerSystem, solution: Solution, G: Tensor, turn: Tensor, solve: Solve
+) -> Tensor:
+    """Units of the filters that stand out, by the input that all others give."""
+    none = torch.zeros_like(turn, dtype=torch.bool)
+    k, conv = system.k, system.module
+    if not isinstance(conv, nn.Conv2d) or len(k) > 1 or turn.count_nonzero() == 0:
+        return none
+    sizes = k.flatten(2).norm(dim=2)[0]
+    doubtful = (turn[0].flatten(1) != 0).any(1) & (sizes > 0)
+
+    def off(x: Tensor) -> Tensor:
+        """What is left of each filter's rows, relative."""
+        left = (system.matvec(x)[1] - G).flatten(1).norm(dim=1)
+        return torch.where(sizes > 0, left / sizes.clamp_min(1e-300), torch.zeros_like(left))
+
+    x, out = solution.x, none.new_zeros(len(sizes))
+    rest = off(x)
+    for limit in (1.0, *[OUTLYING] * TRIMS):  # at first, half of them
+        fresh = doubtful & (rest > limit * rest.median())
+        if torch.equal(fresh, out):
+            break
+        out = fresh
+        keep = (~out).to(k.dtype).reshape(-1, *[1] * (k.dim() - 2))
+        _, part = solve(k * keep, G * keep.reshape(-1, *[1] * (G.dim() - 1)), solution)
+        if not part.full_rank:
+            return none
+        x, rest = part.x, off(part.x)
+    spans = (
+        cast("tuple[int, ...]", part)
+        for part in (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    )
+    patches = nn.functional.unfold(x, *spans)[0]
+    left = (G - system.matvec(x)[1]).flatten(1)
+    found = none[0].flatten(1)
+    for f in out.nonzero().flatten().tolist():
+        own = turn[0, f].flatten()
+        places = own.nonzero().flatten()
+        if len(places) <= FEW:
+            found[f, places] = _explaining(patches[:, places] * own[places], left[f])
+    return found.reshape(turn.shape)
+
+
+def _explaining(columns: Tensor, left: Tensor) -> Tensor:
+    """Which columns add up to what is left: rounded least squares, then one or two flips a step."""
+    gram, told = columns.T @ columns, columns.T @ left
+    chosen = torch.zeros_like(told)
+    if len(left) >= len(told):
+        start = torch.linalg.lstsq(columns, left[:, None]).solution[:, 0].round().clamp(0, 1)
+        if bool(torch.isfinite(start).all()) and float((columns @ start - left).norm()) < float(
+            left.norm()
+        ):
+            chosen = start
+    for _ in range(2 * ROUNDS):
+        way = 1 - 2 * chosen
+        one = gram.diagonal() - 2 * way * (told - gram @ chosen)
+        two = one[:, None] + one + 2 * way[:, None] * way * gram
+        two.diagonal().copy_(one)
+        if float(two.min()) >= -1e-12 * float(left.square().sum()):
+            break
+        i, j = divmod(int(two.argmin()), len(told))
+        for place in {i, j}:
+            chosen[place] = 1 - chosen[place]
+    return chosen.bool()
 
 
 def in_doubt(rule: Rule, outputs: Tensor, noise: float, reach: float) -> Tensor:

@@ -207,7 +207,8 @@ class Propagation:
         return total(own, self.rules[users[0][0]], self._own(users[0][0])[1])
 
     def _turned(self, edge: int, change: Tensor) -> None:
-        """Change an output gradient, and with it those above that led to it."""
+        """Change an output gradient and those above that led to it; derive those below again."""
+        self._forget(edge)
         while True:
             k = self.ks[edge]
             self.ks[edge] = change if k is None else k + change
@@ -227,13 +228,20 @@ class Propagation:
             edge = above + 1
 
     def _fallen(self, above: int, slot: int, source: int, change: Tensor) -> None:
-        """Take back what was derived down another way of a sum, to be derived again."""
+        """Hand a change down another way of a sum."""
         if (above, slot) in self.pulled:
             self.pulled[above, slot] = self.pulled[above, slot] + change
         self.ks[source] = None
-        for number, below in enumerate(self.block.nodes[source - 1].sources if source else ()):
-            self.pulled.pop((source - 1, number), None)
-            self.ks[below] = None
+        self._forget(source)
+
+    def _forget(self, edge: int) -> None:
+        """Take back the gradients that were derived from an edge's, to be derived again."""
+        for slot, below in enumerate(self.block.nodes[edge - 1].sources if edge else ()):
+            if (edge - 1, slot) in self.pulled:
+                if all(user in self.pulled for user in self.users[below]):
+                    self.ks[below] = None
+                del self.pulled[edge - 1, slot]
+                self._forget(below)
 
     def _straight(self, place: int) -> bool:
         """Whether a layer hands its gradient down entry by entry, whatever the values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -167,7 +167,9 @@ class Recovering(Walk):
             state = state.chosen(sides)
         weighted = bool(weight_names(module))
 
-        def solve(k: Tensor, before: Solution | None = None) -> tuple[LayerSystem, Solution]:
+        def solve(
+            k: Tensor, gradient: Tensor | None, before: Solution | None = None
+        ) -> tuple[LayerSystem, Solution]:
             system = LayerSystem(module, k, group.input_shape, state.weight)
             system = system.without(gradient=True) if weighted and gradient is None else system
             with bar(group.name, self.progress) as progress:
@@ -181,7 +183,7 @@ class Recovering(Walk):
                 )
             return system, solution
 
-        (system, solution), turned = solve(state.k), 0
+        (system, solution), turned = solve(state.k, gradient), 0
         for _ in range(3 if doubt is not None and solution.full_rank else 0):
             assert doubt is not None
             with torch.no_grad():
@@ -189,7 +191,7 @@ class Recovering(Walk):
             if torch.equal(nearer.value, state.value):
                 break
             state = state.chosen(nearer)
-            system, solution = solve(state.k)
+            system, solution = solve(state.k, gradient)
         if state.turn is not None and gradient is not None and solution.full_rank:
             system, solution, turned = self.settle(system, solution, gradient, state.turn, solve)
         error = error_of(solution, system, state.error)
@@ -233,7 +235,7 @@ class Recovering(Walk):
         solution: Solution,
         gradient: Tensor,
         turn: Tensor,
-        solve: Callable[[Tensor, Solution], tuple[LayerSystem, Solution]],
+        solve: kinks.Solve,
     ) -> tuple[LayerSystem, Solution, int]:
         """Turn the units above that the layer's own gradient shows on the other side."""
         return kinks.settle(system, solution, gradient, turn, solve)
@@ -310,10 +312,10 @@ class Recovering(Walk):
             return None, None
         assert edges.ks[-1] is not None
         solution, system.k = edges.solution, edges.ks[-1]
-        residual = system.residual(solution.x, state.value)
-        if residual > self.consistent:
+        system.row_mask = system.row_mask * (system.k == state.k)  # a unit misread tells no value
+        if system.residual(solution.x, state.value) > max(self.consistent, state.error):
             return None, None
-        return replace(solution, residual=residual), edges.hidden
+        return solution, edges.hidden
 
     def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
         """Find the places of the maxima together with the input."""
