@@ -32,6 +32,7 @@ OUTLYING = 0.5  # weight of a winner's row below which it counts as in doubt
 PLAUSIBLE = 1e-6  # of the likeliest place: what another needs to be tried
 NEAR = 1e-3  # error from which the prior may go altogether
 WEAK = 0.02  # of the prior in rounds that leave places free
+CAUTION = 3.0  # times the deviation that winners in doubt tell: the likeliest place flatters it
 LATE = 0.985  # share of sure winners from which the prior counts a tenth
 
 
@@ -124,7 +125,7 @@ class Annealing:
         self.z = self.layer(self.under.look(self.x))
         excess = (w.gather(self.z) - w.values[:, None]) / self.norms[w.filters][:, None]
         excess = torch.where(w.possible, excess, -torch.inf)
-        deviation = self._deviation(excess, held, free)
+        deviation = self._deviation(excess, held, free) * (CAUTION if free else 1.0)
         self._believe(excess, deviation, told)
         if self.round > 2:
             spread = left.median() + 1e-300

@@ -23,13 +23,13 @@ from .winners import Winners, find_winners, windows
 
 __all__ = ["Unpooled", "Watch", "read", "solve"]
 
-ROUNDS = 120  # of annealing, at most
+ROUNDS = 200  # of annealing, at most
 ACCEPT = 1e-8  # what a right answer may leave of rows, bounds and gradient
 NOISY = 300.0  # times the noise, where that is more
 EQUAL = 1e-8  # maxima that differ by less, relative to the largest, are one
 NEAR = 10.0  # times the noise: windows that may be on the other side of zero
 BLURRED = 30.0  # times the noise, where that is more
-FREED = 6  # rounds without the prior, once most places are sure
+FREED = 6  # rounds without the prior that bring it no nearer: then it is back
 NEARBY = 1e-3  # misfit of these from which their choice is tried
 ANYWAY = 25  # rounds after which one is tried in any case: ties never settle
 STEPS = 5000  # of conjugate gradients, to try a choice of places
@@ -176,11 +176,11 @@ def solve(
         turn(free=False)
         good, anyway = False, search.round % ANYWAY == 0
         if search.settling and search.round - tried >= wait:
-            for _ in range(FREED):
+            best, since = math.inf, 0
+            while not good and since < FREED and search.round < rounds:
                 turn(free=True)
                 good = search.changed == 0 and chosen().misfit(search.x) <= near
-                if good:
-                    break
+                best, since = min(best, search.error), 0 if search.error < best else since + 1
             tried, wait = search.round, min(wait + 1, 8)
         if good or anyway:
             found = chosen()
