@@ -1,20 +1,25 @@
 """Mutants: one small change to the package at a time, and whether a test notices it.
 
 A seeded sample of all that a comparison, an operator, a constant, a condition, a return or a
-statement could be instead. Each runs in a fork of a process that has torch loaded; its source is
-changed on import, no file is touched.
+statement could be instead. The suite runs once, and notes which test calls which function; a mutant
+is judged by the tests that call the function it lies in, the quickest first. Each runs in a fork of
+a process that has torch loaded; its source is changed on import, no file is touched.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib.machinery
+import json
 import os
 import random
-import re
 import resource
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,14 @@ from .measure import ROOT, Options
 from .page import cells, table
 
 SECTION, MANY, SEED = "mutants", 200, 0
-FILES, SECONDS = 3, 60  # test files that judge a mutant, CPU seconds for each
+SECONDS = 120  # CPU seconds of all tests that judge a mutant
+APART = (  # tests of what runs in processes of its own, or calls nothing of the package
+    "benchmarks", "book", "cli", "dependencies", "exercises", "figures", "grade", "house", "launch",
+    "lite", "nbgrader", "notation", "notebooks", "pages", "quizzes", "slides", "waymarks",
+    "widgets_browser",
+)  # fmt: skip
 PACKAGE = ROOT / "gradinv_edu"
+Called = dict[str, dict[str, Any]]  # a test: its seconds, and the functions it calls
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -40,18 +51,23 @@ class Sites(ast.NodeTransformer):
 
     def __init__(self, chosen: int = -1) -> None:
         self.chosen, self.found = chosen, list[tuple[int, str]]()
+        self.functions, self.inside = list[int](), [0]  # first lines; 0 where it is in none
 
     def hit(self, node: Any, what: str) -> bool:
         """Note one site; whether it is the one."""
         self.found.append((node.lineno, what))
+        self.functions.append(self.inside[-1])
         return len(self.found) - 1 == self.chosen
 
     def visit(self, node: ast.AST) -> Any:
         """Change a node, or look into it; not into annotations, texts and decorators."""
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             outside = {name: getattr(node, name, None) for name in ("decorator_list", "returns")}
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            self.inside.append(first if isinstance(node, ast.FunctionDef) else self.inside[-1])
             node.decorator_list, node.returns = [], None  # type: ignore[union-attr]
             self.generic_visit(node)
+            self.inside.pop()
             for name, kept in outside.items():
                 setattr(node, name, kept)
             return node
@@ -120,9 +136,10 @@ class Sites(ast.NodeTransformer):
 def mutants(options: Options) -> int:
     """Try those of the sample that are not stored yet."""
     stored = {} if options.again else store.cells(SECTION)
+    called = calls()
     for key, path, number in sample():
         if options.only in key and key not in stored:
-            cell = judged(path, number)
+            cell = judged(path, number, called)
             store.put(SECTION, key, cell)
             print(key, cell, flush=True)
     return 0
@@ -142,66 +159,127 @@ def sample() -> list[tuple[str, Path, int]]:
     return random.Random(SEED).sample(drawn, min(MANY, len(drawn)))
 
 
-def tests_of(path: Path) -> list[Path]:
-    """The test files that name a module and what is public in it, or the modules that import it."""
-    sources = {source: source.read_text("utf-8") for source in PACKAGE.rglob("*.py")}
-    tests = {test: test.read_text("utf-8") for test in sorted((ROOT / "tests").glob("test_*.py"))}
-    score, own = dict.fromkeys(tests, 0.0), {path}
-    for weight in (1.0, 0.1, 0.01):
-        for one in own:
-            public = re.search(r"__all__ = \[(.*?)\]", sources[one], re.S)
-            home = one.parent.name if one.parent.name in ("layers", "losses") else one.stem
-            names = [one.stem, home, *(re.findall(r"\"(\w+)\"", public[1]) if public else [])]
-            words = re.compile(rf"\b({'|'.join(names)})\b")
-            for test, text in tests.items():
-                seen = words.findall(text)
-                score[test] += weight * (len({*seen}) + len(seen) / 100) / len(own)
-                score[test] += 9 * weight * (test.stem[5:] in (one.stem, home)) / len(own)
-        stems = "|".join(one.stem for one in own)
-        imports = re.compile(rf"^\s*(from|import) .*\b({stems})\b", re.M)
-        own = {source for source, text in sources.items() if imports.search(text)} - {path}
-        own = {source for source in own if source.stem != "__init__"} or {path}
-    return sorted(tests, key=lambda test: -score[test])[:FILES]
-
-
-def judged(path: Path, number: int) -> dict[str, Any]:
-    """Whether one of its tests fails, and after how many CPU seconds."""
-    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    by = None
-    for test in tests_of(path):
-        status = _forked(path, number, test)
-        if status not in (0, 5) and _passes(test):
-            by = test.stem + (" (time)" if status == -1 else "")
+def tests_of(path: Path, number: int, called: Called) -> list[str]:
+    """Tests that call the function of a mutant, or any of its file; the quick ones first."""
+    sites = Sites()
+    sites.visit(ast.parse(path.read_text("utf-8")))
+    place, line = path.relative_to(ROOT).as_posix(), sites.functions[number]
+    own = f"{place}:{line}"
+    found = [
+        (test["seconds"], name)
+        for name, test in called.items()
+        if (own in test["calls"] if line else any(c.startswith(f"{place}:") for c in test["calls"]))
+    ]
+    chosen, spent = [], 0.0
+    for seconds, name in sorted(found):
+        spent += seconds
+        if chosen and spent > SECONDS / 2:
             break
+        chosen.append(name)
+    return chosen
+
+
+def judged(path: Path, number: int, called: Called) -> dict[str, Any]:
+    """Whether a test fails that passes where nothing is changed, and after how many CPU seconds."""
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    tests, caught, by = tests_of(path, number, called), False, ""
+    while tests and not caught:
+        status, by = _forked(path, number, tests)
+        if status in (0, 5):
+            break
+        caught = not by or _forked(path, -1, [by])[0] == 0
+        tests = [test for test in tests if test != by]
     spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began
-    return {"caught": by is not None, "by": by, "cpu": round(spent, 1)}
+    return {"caught": caught, "by": by if caught else None, "cpu": round(spent, 1)}
 
 
-def _passes(test: Path) -> bool:
-    """Whether it does in time where nothing is changed."""
-    key = f"unchanged/{test.stem}"
-    if key not in store.cells(SECTION):
-        store.put(SECTION, key, {"passes": _forked(test, -1, test) == 0})
-    return bool(store.cells(SECTION)[key]["passes"])
+def calls() -> Called:
+    """Which test calls what; kept in the system's folder for temporary files for these sources."""
+    sources = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")])
+    seal = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    kept = Path(tempfile.gettempdir()) / f"gradinv-calls-{seal}.json"
+    if not kept.exists():
+        print("which test calls what: the suite runs once", flush=True)
+        _loaded()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                _watched(kept)
+            os._exit(99)
+        os.waitpid(child, 0)
+    found: Called = json.loads(kept.read_text("utf-8"))
+    return found
 
 
-def _forked(path: Path, number: int, test: Path) -> int:
-    """Exit code of pytest on one file in a fork; −1 where its time ran out."""
-    _loaded()
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            _child(path, number, test)
-        os._exit(99)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else -1
+def _watched(kept: Path) -> None:
+    import pytest
+
+    found: Called = {}
+
+    class Watch:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+            seen: set[str] = set()
+
+            def note(frame: Any, event: str, arg: Any) -> None:
+                code = frame.f_code
+                if code.co_filename.startswith(f"{PACKAGE}/"):
+                    seen.add(f"{code.co_filename[len(str(ROOT)) + 1 :]}:{code.co_firstlineno}")
+
+            start = time.process_time()
+            sys.settrace(note)  # type: ignore[arg-type]
+            try:
+                result = yield
+            finally:
+                sys.settrace(None)
+            seconds = round(time.process_time() - start, 3)
+            found[item.nodeid] = {"seconds": seconds, "calls": sorted(seen), "passed": False}
+            return result
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.when == "call":
+                passed.add(report.nodeid) if report.passed else None
+
+    passed: set[str] = set()
+    _quiet()
+    tests = [str(t) for t in sorted((ROOT / "tests").glob("test_*.py")) if t.stem[5:] not in APART]
+    pytest.main([*tests, *PLAIN], plugins=[Watch()])
+    kept.write_text(json.dumps({k: v for k, v in found.items() if k in passed and v["calls"]}))
+    os._exit(0)
 
 
-def _child(path: Path, number: int, test: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+PLAIN = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", "0", "--rootdir", str(ROOT))
+
+
+def _quiet() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+
+
+def _forked(path: Path, number: int, tests: list[str]) -> tuple[int, str]:
+    """Exit code of pytest in a fork, −1 where its time ran out; the test that fails."""
+    _loaded()
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            _child(path, number, tests, tell)
+        os._exit(99)
+    os.close(tell)
+    with os.fdopen(told) as said:
+        by = said.readline().strip()
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else -1
+    if code == 99:
+        raise RuntimeError(f"{path.name} could not be changed at site {number}.")
+    return code, by
+
+
+def _child(path: Path, number: int, tests: list[str], tell: int) -> None:
+    spent = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS, spent + SECONDS))
+    _quiet()
     for name in [n for n in sys.modules if n.split(".")[0] in ("gradinv_edu", "benchmarks")]:
         del sys.modules[name]
     plain = importlib.machinery.SourceFileLoader.get_code
@@ -215,8 +293,13 @@ def _child(path: Path, number: int, test: Path) -> None:
     importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
     import pytest
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", "0"]
-    os._exit(int(pytest.main([str(test), *options])))
+    class Tell:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                os.write(tell, f"{report.nodeid}\n".encode())
+
+    os.chdir(ROOT)
+    os._exit(int(pytest.main([*tests, "-x", *PLAIN], plugins=[Tell()])))
 
 
 def _loaded() -> None:
