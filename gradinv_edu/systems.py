@@ -28,6 +28,7 @@ from .errors import InvalidTensorError, UnsupportedLayerError
 __all__ = ["Balance", "LayerSystem", "ScaledSystem"]
 
 CLEAN = 1e-12  # relative noise up to which weight rows alone would do, and a preconditioner serves
+WELL, QUIET = 100.0, 30.0  # condition, residual over noise: so far gradient rows are enough
 BALANCE = 0.1  # of the mean eigenvalue, added before filters are made alike: noise stays below it
 
 
@@ -224,7 +225,9 @@ class LayerSystem:
 
         ``G`` is the weight gradient ``∂L/∂W``; see
         :func:`~gradinv_edu.engine.solve.least_squares` for how it is solved and how the rank is
-        told.
+        told. Where a map is small and the gradient without noise, ``K x = G`` alone gives ``x`` if
+        it can, channel by channel (:meth:`by_channel`): rounding that ``z`` has gathered in the
+        layers above stays out.
 
         Parameters
         ----------
@@ -251,10 +254,6 @@ class LayerSystem:
         """
         if outputs is None and weight_gradient is None:
             raise InvalidTensorError("outputs and weight_gradient are both None: nothing is known.")
-        if outputs is None and weight_gradient is not None and dense is None:
-            found = self.by_channel(None, weight_gradient)
-            if found is not None:
-                return found
         hasty = outputs is None or (weight_gradient is None and self.gradient_shape.numel() > 0)
         system = self
         if hasty:
@@ -265,16 +264,31 @@ class LayerSystem:
         if not plain and system.row_mask is None and noise <= CLEAN:
             made = Bordered.of(_scaled(system))
         A, rows = ScaledSystem(system), system.right_hand_side(outputs, weight_gradient)
-        if made is not None:  # weight rows alone: the gradient's would spoil it, and add nothing
+        found = None
+        if weight_gradient is not None and dense is None and max_iterations is None:
+            found = self._directly(weight_gradient, noise, alone=outputs is None)
+        if (
+            found is None and made is not None
+        ):  # the gradient's rows would spoil it, and add nothing
             bare = ScaledSystem(system.without(gradient=True))
             alone = replace(rows, g=torch.zeros_like(rows.g))
             found = preconditioned(bare, alone, made, generator=generator, progress=progress)
-            if found is not None:
-                rest = A.forward(found.x)
-                rest.minus(rows)
-                residual = math.sqrt(rest.squared_norm() / rows.squared_norm())
-                return replace(found, residual=residual)
+        if found is not None:
+            rest = A.forward(found.x)
+            rest.minus(rows)
+            size = rows.squared_norm() or 1.0
+            return replace(found, residual=math.sqrt(rest.squared_norm() / size))
         return least_squares(A, rows, dense=dense, cap=max_iterations, before=before, **options)
+
+    def _directly(self, weight_gradient: Tensor, noise: float, alone: bool) -> Solution | None:
+        """By channel, where these rows are all there are, or enough: no iteration is as fast."""
+        found = None
+        if alone or channels.cheap(self.operator):
+            found = self.by_channel(None, weight_gradient)
+        if found is None or alone:
+            return found
+        enough = found.full_rank and found.condition <= WELL
+        return found if enough and found.residual <= QUIET * max(noise, CLEAN) else None
 
     def by_channel(
         self,

@@ -12,9 +12,10 @@ from torch import Tensor
 from .layers.convolution import ConvolutionOperator
 from .solve import Truncated
 
-__all__ = ["Channels", "nonnegative", "settled", "small", "solve"]
+__all__ = ["Channels", "cheap", "nonnegative", "settled", "small", "solve"]
 
 PIXELS = 2048  # of a map up to which the rows of one channel are factorised
+CHEAP, SPARE = 200, 1.5  # pixels, and rows for each, where it is done before anything else
 ENTRIES = 1e7  # of that matrix
 FREE = 3e7  # entries of all directions that these rows leave open, written out as pictures
 SIGNED = 1500  # of them that signs may tell
@@ -22,6 +23,26 @@ NEWTON = 60  # steps towards a point without negative entries
 BELOW = 0.01  # of the largest entry: how far below zero noise may leave one at such a point
 SLACK = 1e-10  # of the largest entry, by which one may be negative
 RANK = 1e-10  # singular values below this share of the largest count as zero
+
+
+def small(operator: ConvolutionOperator) -> bool:
+    """Whether the matrix of one channel may be factorised."""
+    pixels, rows = _counts(operator)
+    return pixels <= PIXELS and rows * pixels <= ENTRIES
+
+
+def cheap(operator: object) -> bool:
+    """Whether it is small and has rows to spare: no iteration is as fast then."""
+    if not isinstance(operator, ConvolutionOperator):
+        return False
+    pixels, rows = _counts(operator)
+    return pixels <= CHEAP and rows >= SPARE * pixels
+
+
+def _counts(operator: ConvolutionOperator) -> tuple[int, int]:
+    """Unknowns of one channel, and rows."""
+    groups, taps = operator.geometry.groups, math.prod(operator.weight.shape[2:])
+    return math.prod(operator.template.shape[2:]), len(operator.weight) // groups * taps
 
 
 @dataclass(frozen=True)
@@ -45,13 +66,6 @@ class Channels:
     largest: float
     missing: int = 0
     free: Tensor | None = None
-
-
-def small(operator: ConvolutionOperator) -> bool:
-    """Whether the matrix of one channel may be factorised."""
-    pixels = math.prod(operator.template.shape[2:])
-    rows = len(operator.weight) // operator.geometry.groups * math.prod(operator.weight.shape[2:])
-    return pixels <= PIXELS and rows * pixels <= ENTRIES
 
 
 def solve(
