@@ -30,7 +30,7 @@ from .page import cells, table
 SECTION, MANY, SEED = "mutants", 200, 0
 SECONDS = 120  # CPU seconds of all tests that judge a mutant
 APART = (  # tests of what runs in processes of its own, or calls nothing of the package
-    "benchmarks", "book", "cli", "dependencies", "exercises", "figures", "grade", "house", "launch",
+    "benchmarks", "book", "dependencies", "exercises", "figures", "grade", "house", "launch",
     "lite", "nbgrader", "notation", "notebooks", "pages", "quizzes", "slides", "waymarks",
     "widgets_browser",
 )  # fmt: skip
