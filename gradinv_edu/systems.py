@@ -254,6 +254,11 @@ class LayerSystem:
         """
         if outputs is None and weight_gradient is None:
             raise InvalidTensorError("outputs and weight_gradient are both None: nothing is known.")
+        direct = dense is None and max_iterations is None
+        if direct and outputs is None and weight_gradient is not None:
+            found = self.by_channel(None, weight_gradient)
+            if found is not None:
+                return found
         hasty = outputs is None or (weight_gradient is None and self.gradient_shape.numel() > 0)
         system = self
         if hasty:
@@ -264,12 +269,8 @@ class LayerSystem:
         if not plain and system.row_mask is None and noise <= CLEAN:
             made = Bordered.of(_scaled(system))
         A, rows = ScaledSystem(system), system.right_hand_side(outputs, weight_gradient)
-        found = None
-        if weight_gradient is not None and dense is None and max_iterations is None:
-            found = self._directly(weight_gradient, noise, alone=outputs is None)
-        if (
-            found is None and made is not None
-        ):  # the gradient's rows would spoil it, and add nothing
+        found = self._directly(weight_gradient, noise) if direct else None
+        if found is None and made is not None:  # gradient rows would spoil it, and add nothing
             bare = ScaledSystem(system.without(gradient=True))
             alone = replace(rows, g=torch.zeros_like(rows.g))
             found = preconditioned(bare, alone, made, generator=generator, progress=progress)
@@ -280,15 +281,14 @@ class LayerSystem:
             return replace(found, residual=math.sqrt(rest.squared_norm() / size))
         return least_squares(A, rows, dense=dense, cap=max_iterations, before=before, **options)
 
-    def _directly(self, weight_gradient: Tensor, noise: float, alone: bool) -> Solution | None:
-        """By channel, where these rows are all there are, or enough: no iteration is as fast."""
-        found = None
-        if alone or channels.cheap(self.operator):
-            found = self.by_channel(None, weight_gradient)
-        if found is None or alone:
-            return found
-        enough = found.full_rank and found.condition <= WELL
-        return found if enough and found.residual <= QUIET * max(noise, CLEAN) else None
+    def _directly(self, weight_gradient: Tensor | None, noise: float) -> Solution | None:
+        """By channel, where that is cheap and enough: no iteration is as fast."""
+        if weight_gradient is None or not channels.cheap(self.operator):
+            return None
+        found = self.by_channel(None, weight_gradient)
+        if found is None or not found.full_rank or found.condition > WELL:
+            return None
+        return found if found.residual <= QUIET * max(noise, CLEAN) else None
 
     def by_channel(
         self,

@@ -18,6 +18,14 @@ CONV = nn.Conv2d(1, 4, 3, padding=1)
 
 # --- the solution -------------------------------------------------------------------------------
 
+
+def test_what_an_output_has_gathered_above_stays_out_of_a_small_map() -> None:
+    p = problem(nn.Conv2d(2, 9, 3, padding=1), (2, 4, 4), seed=3)
+    found = p.system().solve(p.z + 1e-3 * normal(p.z.shape, 2), p.gradient)
+    assert found.full_rank and found.residual > 1e-5  # of all rows, those of z too
+    assert found.iterations == 0 and distance(found.x, p.x) < 1e-11
+
+
 DETERMINED: dict[str, tuple[nn.Module, Shape]] = {
     "strided": (nn.Conv2d(2, 9, 4, stride=2, padding=1), (2, 6, 8)),
     "grouped": (nn.Conv2d(4, 8, 3, groups=2, padding=1), (4, 5, 5)),
