@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
-from gradinv_edu.engine.graph import OPERATIONS, PERMUTES, RESHAPES, Step, trace
+from gradinv_edu.engine.graph import OPERATIONS, PERMUTES, RESHAPES, Step, _linear, trace
 from gradinv_edu.engine.layers.branches import Call
 from gradinv_edu.errors import InvalidTensorError, UnsupportedLayerError
 
@@ -192,6 +192,12 @@ def test_an_operation_becomes_its_layer(call: str) -> None:
     steps = agrees(Passing(lambda x, a: function(a(x)), a=layer), shape)
     assert kinds(steps)[0] == type(layer).__name__ and kinds(steps)[-1] == kind
     assert (type(steps[-1].module) is Call) is (kind in OPAQUE)
+
+
+@pytest.mark.parametrize("bend", [0.0, 1e-4])
+def test_what_bends_a_little_is_not_linear(bend: float) -> None:
+    assert _linear(torch.ones(1, 2, 3), lambda x: 1 + x + bend * x * x) == (bend == 0)
+    assert not _linear(torch.ones(1, 2, 3), lambda x: x - x.mean(0))  # it mixes samples
 
 
 # --- ways that part and meet again --------------------------------------------------------------

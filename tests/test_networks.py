@@ -118,6 +118,8 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.scale(torch.tanh(x))
+        if self.meet == "reshaped":
+            return x.flatten(1) + y.flatten(1)
         if self.meet == "cat":
             return torch.cat([x, y], 1)
         return x + y if self.meet == "sum" else x * y
@@ -135,6 +137,15 @@ def moved(meet: str) -> tuple[Propagation, list[Tensor], Callable[[Tensor], list
 
     edges = Propagation(block, {"any": torch.zeros(1).double()}, (2, 3, 3), 1e-15)
     return edges, [value.detach() for value in values], gradients_by
+
+
+def test_a_value_moves_back_through_a_reshape() -> None:
+    edges, values, _ = moved("reshaped")
+    edges._know(len(values) - 2, values[-2], None)  # one of the two flattened ways
+    while edges._pass():
+        pass
+    found = edges.values[-1]
+    assert found is not None and distance(found, values[-1]) < 1e-12
 
 
 @pytest.mark.parametrize(("meet", "known"), [("cat", 3), ("sum", 0), ("sum", 1), ("product", 1)])

@@ -301,6 +301,18 @@ def test_leak_map_of_a_stride_that_skips_pixels() -> None:
         assert torch.allclose(found, seen, atol=1e-6)
 
 
+def test_a_leak_map_of_the_whole_network_sees_what_the_layers_above_lose() -> None:
+    """Two averages tell little of nine places: 27 parameters, rank 20, for 25 pixels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, bias=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(2, 3),
+    ).double()  # fmt: skip
+    first, whole = (float(rank.leak_map(model, (1, 5, 5), whole=w).sum()) for w in (False, True))
+    assert whole == pytest.approx(rank.jacobian_rank(model, (1, 5, 5)).rank)
+    assert first == pytest.approx(25) and whole == pytest.approx(20)
+
+
 def test_the_noise_floor_is_the_inverse_informations_diagonal() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
