@@ -167,7 +167,10 @@ def test_two_threads_find_what_one_does() -> None:
 COMMAND = [sys.executable, "-m", "gradinv_edu"]
 
 
-def test_a_closed_pipe_and_a_full_disk_are_one_code_and_at_most_a_line() -> None:
+def test_a_closed_pipe_and_a_full_disk_are_one_code_and_at_most_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the demo leaves its picture
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*COMMAND, "demo"], stdout=writer, stderr=subprocess.PIPE, text=True)

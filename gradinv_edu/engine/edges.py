@@ -27,7 +27,7 @@ __all__ = ["Edges", "Found"]
 
 NORMED = 16  # positions up to which a convolution under a norm of its own is read blind
 ALIKE = 0.05  # relative change of a block's output that its norms' ε may make
-DOUBT = 30.0  # times the noise: a residual above it may come from a unit read on the wrong side
+DOUBT = 30.0  # times those before: a residual above it may come from a unit on the wrong side
 FAINT = 1e-9  # of the largest singular value: below, patches do not tell their output gradients
 
 
@@ -138,7 +138,8 @@ class Edges(Propagation):
             self.turns[len(self.ks) - 1] = turn
         try:
             while not self.whole:
-                found = self._pass() or self._solve() or self._normed()
+                found = self._pass() or self._solve()
+                found = found or self._pass() or self._normed()  # again: a unit may have turned
                 if not (found or self._blind(lowest=k is None)):
                     return False
         except InconsistentGradientError:  # no value inside a layer's range explains the gradient
@@ -212,7 +213,8 @@ class Edges(Propagation):
         k = self._summing(place + 1, k, self._total(place))
         turn = self.turns.get(place + 1)
         system, solution = solve(k, G)
-        doubtful = solution.residual > DOUBT * self.noise and solution.full_rank
+        clean = max((found.solution.residual for found in self.found), default=self.noise)
+        doubtful = solution.residual > DOUBT * clean and solution.full_rank
         if doubtful and turn is not None and bool(turn.any()):
             system, solution, turned = kinks.settle(system, solution, G, turn, solve)
             if turned:

@@ -277,16 +277,19 @@ class Recovering(Walk):
         if state.hidden is not None:
             raise _untold(state.hidden, step)
         system = block.BlockSystem(step.module, state.k, self._sent(step), state.weight)
-        unfolded, hidden = self._unfolded(position, state, system)
-        with bar(step.name, self.progress) as progress:
-            solution = unfolded or block.solve(
-                system,
-                state.value,
-                step.input_shape,
-                noise=self.eps,
-                generator=self.generator,
-                progress=progress,
-            )
+        solution, hidden, rest = self._unfolded(position, state, system)
+        if solution is None or rest > max(self.consistent, state.error):
+            with bar(step.name, self.progress) as progress:
+                joint = block.solve(
+                    system,
+                    state.value,
+                    step.input_shape,
+                    noise=self.eps,
+                    generator=self.generator,
+                    progress=progress,
+                )
+            if solution is None or system.residual(joint.x, state.value) < rest:
+                solution, hidden = joint, None
         solution = system.cleaned(solution, state.value, self.eps)
         spread = solution.largest_singular_value / max(solution.smallest_singular_value, 1e-300)
         error = max(solution.residual, self.eps) * spread
@@ -302,20 +305,18 @@ class Recovering(Walk):
 
     def _unfolded(
         self, position: int, state: State, system: block.BlockSystem
-    ) -> tuple[Solution | None, Hidden | None]:
-        """A block's input layer by layer, where their own gradients are enough."""
+    ) -> tuple[Solution | None, Hidden | None, float]:
+        """A block's input layer by layer, where their gradients are enough; what it leaves."""
         if self.batch_size > 1 or not system.gradients:
-            return None, None
+            return None, None, math.inf
         shape, below = self.steps[position].input_shape, positive(self.steps, position)
         edges = Edges(system.block, system.gradients, shape, state.noise, below)
         if not edges.settle(state.k, state.value, state.weight, state.turn):
-            return None, None
+            return None, None, math.inf
         assert edges.ks[-1] is not None
         solution, system.k = edges.solution, edges.ks[-1]
         system.row_mask = system.row_mask * (system.k == state.k)  # a unit misread tells no value
-        if system.residual(solution.x, state.value) > max(self.consistent, state.error):
-            return None, None
-        return solution, edges.hidden
+        return solution, edges.hidden, system.residual(solution.x, state.value)
 
     def pool(self, stack: Stack, state: State, below: int) -> tuple[State, int]:
         """Find the places of the maxima together with the input."""
