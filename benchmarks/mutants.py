@@ -233,12 +233,12 @@ def _watched(kept: Path) -> None:
             finally:
                 sys.settrace(None)
             seconds = round(time.process_time() - start, 3)
-            found[item.nodeid] = {"seconds": seconds, "calls": sorted(seen), "passed": False}
+            found[item.nodeid] = {"seconds": seconds, "calls": sorted(seen)}
             return result
 
         def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.when == "call":
-                passed.add(report.nodeid) if report.passed else None
+            if report.when == "call" and report.passed:
+                passed.add(report.nodeid)
 
     passed: set[str] = set()
     _quiet()
