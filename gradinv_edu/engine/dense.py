@@ -49,8 +49,9 @@ def known_gradients(G: Tensor, k: Tensor, unsure: Tensor | None, error: float) -
         sure = torch.where(unsure, 0.0, k)
         if len(sure) > 1 or not bool(sure.any()):
             return None
-        x = sure @ G / sure.square().sum()
-        k = x @ G.T / x.square().sum()
-        spread = float(G.norm() / (sure.norm() * x.norm()))
+        x, spread = sure @ G / sure.square().sum(), 1.0
+        if bool(x.any()):  # an input of zeros tells nothing of k
+            k = x @ G.T / x.square().sum()
+            spread = float(G.norm() / (sure.norm() * x.norm()))
     residual = float((G - k.T @ x).norm()) / max(float(G.norm()), 1e-300)
     return x, k, residual, max(residual, error) * spread

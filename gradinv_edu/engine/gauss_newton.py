@@ -13,6 +13,7 @@ from .krylov import Progress, Rows
 __all__ = ["Linearised", "gauss_newton"]
 
 ROUNDS = 40  # of Gauss and Newton
+AT_ONCE = 64  # columns of a matrix
 SHORTEST = 2.0**-10  # share of a step below which its linearisation is of no use
 STALLED = 1e-3  # a step that lowers the residual by less, relatively, was the last
 
@@ -50,29 +51,31 @@ class Linearised:
 
     def forward(self, x: Tensor) -> Rows:
         """Change of the rows along ``x``."""
-        pushed = torch.autograd.grad(
-            self.pulled, self.tangents, x, retain_graph=True, allow_unused=True
-        )
-        found = iter(pushed)
-        rows = []
-        for part in (self.at.z, self.at.g):
-            change = next(found) if part.requires_grad else None
-            rows.append(torch.zeros_like(part) if change is None else change)
-        return Rows(rows[0].detach(), rows[1].detach())
+        return Rows(*self._pushed(x))
 
     def columns(self, steps: Tensor) -> Tensor:
         """Change of the rows along each of some steps, ``(steps, rows)``."""
-        pushed = torch.autograd.grad(
-            self.pulled, self.tangents, steps, retain_graph=True, is_grads_batched=True
+        pushed = self._pushed(steps, is_grads_batched=True)
+        return torch.cat([part.reshape(len(steps), -1) for part in pushed], dim=1)
+
+    def _pushed(self, x: Tensor, **how: bool) -> list[Tensor]:
+        """Change of both kinds of rows; zero for one that the input does not reach."""
+        told = torch.autograd.grad(
+            self.pulled, self.tangents, x, retain_graph=True, allow_unused=True, **how
         )
-        return torch.cat([part.detach().flatten(1) for part in pushed], dim=1)
+        found, many = iter(told), x.shape[: x.dim() - self.like.dim()]
+        rows = []
+        for part in (self.at.z, self.at.g):
+            change = next(found) if part.requires_grad else None
+            rows.append(x.new_zeros(*many, *part.shape) if change is None else change.detach())
+        return rows
 
     def matrix(self) -> Tensor:
         """``(rows, unknowns)``."""
         n = self.like.numel()
         units = torch.eye(n, dtype=self.like.dtype, device=self.like.device)
-        columns = [self.forward(unit).flat() for unit in units.reshape(n, *self.like.shape)]
-        return torch.stack(columns, dim=1)
+        parts = torch.split(units.reshape(n, *self.like.shape), AT_ONCE)
+        return torch.cat([self.columns(part) for part in parts]).T
 
     def adjoint(self, r: Rows) -> Tensor:
         """Rows pulled back to the input."""

@@ -22,6 +22,7 @@ ASIDE = 0.5  # of the best match, that another filter's must have to be turned a
 GAIN = 0.9  # of the residual: what a solution on the other sides must stay under
 ROUNDS = 20
 OUTLYING = 10.0  # times the median, what is left of a filter that stands out
+NEAR = 1e-4  # relative error of an input, at most: no unit was misread that matters
 TRIMS, FEW = 6, 1024  # times that filters are left out or taken back; units in doubt of one
 BLURRED = 100.0  # times the noise: a gap between sums that rounding does not make
 
@@ -141,10 +142,10 @@ def settle(
     r""":math:`K(k') = K(k) + e_j`, as long as turns explain what is left.
 
     Turns the units that :func:`misread` names and solves again; a solution that leaves less
-    unexplained is kept, and the search goes on from it. Then the filters that stand out, if there
-    are any, are left out, and read again from the input that the others give. Where no turn
-    explains anything, as under noise, the first solution stays, and so it does where the layer is
-    grouped.
+    unexplained is kept, and the search goes on from it. Where what is left may still be much of
+    the input, the filters that stand out are left out, and read again from what the others give.
+    Where no turn explains anything, as under noise, the first solution stays, and so it does where
+    the layer is grouped.
 
     Parameters
     ----------
@@ -190,6 +191,8 @@ def _reread(
     """Units of the filters that stand out, by the input that all others give."""
     none = torch.zeros_like(turn, dtype=torch.bool)
     k, conv = system.k, system.module
+    if solution.residual * solution.condition <= NEAR:
+        return none
     if not isinstance(conv, nn.Conv2d) or len(k) > 1 or turn.count_nonzero() == 0:
         return none
     sizes = k.flatten(2).norm(dim=2)[0]

@@ -16,7 +16,7 @@ from .layers import pull_back, rule_of
 from .layers.convolution import Convolution
 from .layers.norms import Norm
 from .norm_system import NormSystem, nonzero, per_sample
-from .solve import DENSE, ROUNDING, Solution, patience, rank_test
+from .solve import DENSE, ROUNDING, Solution, Truncated, patience, rank_test
 
 __all__ = [
     "Normalised",
@@ -250,10 +250,8 @@ def _least_squares(
 ) -> tuple[Tensor, int]:
     """By a factorisation while that is cheap, else by conjugate gradients."""
     if at.like.numel() <= DENSE:
-        A, rhs = at.matrix(), b.flat()
-        inverse = torch.linalg.pinv(A, rtol=1e-14)
-        x = inverse @ rhs
-        return x + inverse @ (rhs - A @ x), 0
+        A = at.matrix()
+        return Truncated.of(A, 1e-14).refined(A, b.flat()), 0
     size = math.sqrt(squared_norm(at.adjoint(b)))
     run = cgls(at, b, wanted * size, patience(at.like.numel()), progress=progress)
     return run.x, run.iterations

@@ -265,9 +265,11 @@ class Truncated:
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Least-squares answers of least norm, a column each."""
-        r = self.rank
-        inverse: Tensor = (self.Vh[:r].T / self.values[:r]) @ self.U[:, :r].T
-        return inverse @ rhs
+        seen, r = self.U[:, : self.rank].T @ rhs, self.rank
+        answers: Tensor = self.Vh[:r].T @ (
+            seen / self.values[:r].reshape(-1, *[1] * (rhs.dim() - 1))
+        )
+        return answers
 
     def refined(self, M: Tensor, rhs: Tensor) -> Tensor:
         """The same, with one refinement: the factorisation's own rounding."""

@@ -392,9 +392,14 @@ def _classifier(
 ) -> nn.Sequential:
     checks.whole(outputs, "the number of outputs")
     net = nn.Sequential(*layers, nn.Flatten())
+    # A picture without memory, by what changes its shape: some of the rest loads torch's compiler.
+    keeping = (*(type(bend()) for bend in ACTIVATIONS.values()), nn.GroupNorm, NormedBlock)
+    shaping = nn.Sequential(
+        *(getattr(layer, "shortcut", layer) for layer in net if not isinstance(layer, keeping))
+    )
     try:
-        with torch.no_grad():  # a picture without memory
-            features: int = net(torch.empty(1, *input_shape, device="meta")).shape[1]
+        with torch.no_grad():
+            features: int = shaping(torch.empty(1, *input_shape, device="meta")).shape[1]
     except RuntimeError as error:
         shape = tuple(input_shape)
         raise InvalidArgumentError(f"A picture of shape {shape} is too small: {error}") from error

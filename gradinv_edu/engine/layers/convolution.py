@@ -94,9 +94,13 @@ class DirectOperator:
         return rows, self.geometry.gradient(self.k, x, self.weight)
 
     def adjoint(self, rows: Tensor, gradient_rows: Tensor) -> Tensor:
-        """Both kinds of rows, pulled back to the input."""
-        from_rows = self.geometry.rows_adjoint(rows, self.weight, self.template)
-        return from_rows + self.geometry.rows_adjoint(self.k, gradient_rows, self.template)
+        """Both kinds of rows, pulled back to the input: ``(W ∣ G)ᵀ (r ∣ k)``, one call for two."""
+        move, like = self.geometry, self.template
+        if move.groups > 1:  # whose filters would have to be dealt out
+            from_rows = move.rows_adjoint(rows, self.weight, like)
+            return from_rows + move.rows_adjoint(self.k, gradient_rows, like)
+        filters = torch.cat([self.weight, gradient_rows], 1 if move.transposed else 0)
+        return move.rows_adjoint(torch.cat([rows, self.k], 1), filters, like)
 
     def to(self, dtype: torch.dtype) -> Self:
         """Return the same map in another precision."""
