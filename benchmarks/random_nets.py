@@ -247,6 +247,8 @@ class Verdicts:
     def outcome(self) -> str:
         """How they agree, or the class of their disagreement."""
         audit, found = self.audit, self.found
+        if audit.untested or (found and found.ran_out):
+            return "out of time"
         if self.agree:
             if audit.exact:
                 return "both exact"
@@ -266,18 +268,23 @@ class Verdicts:
         return "OTHER: audit alone is exact"
 
 
-def verdicts(model: nn.Module, shape: Shape, seed: int = 0) -> Verdicts:
-    """Audit and recover the same random input."""
+def verdicts(
+    model: nn.Module, shape: Shape, seed: int = 0, seconds: float | None = None
+) -> Verdicts:
+    """Audit and recover the same random input, each within so many seconds of the clock."""
     source, same = (torch.Generator().manual_seed(seed) for _ in range(2))
     target = torch.randint(model(torch.zeros(1, *shape).double()).shape[1], (1,), generator=same)
     x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     drawn = any(isinstance(m, nn.Dropout) and m.training for m in model.modules())
-    audit = gi.audit(model, shape, inputs=x, jacobian=False, generator=source)  # the same label
+    audit = gi.audit(  # the same label
+        model, shape, inputs=x, jacobian=False, generator=source, seconds=seconds
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         update = gi.observe(model, LOSS, x, target)
     try:
-        found = gi.recover(model, update, shape, LOSS)
+        found = gi.recover(model, update, shape, LOSS, seconds=seconds)
     except GradientInversionError as refusal:
         return Verdicts(audit, None, refusal, float("inf"), drawn)
-    return Verdicts(audit, found, None, gi.metrics.relative_error(found.inputs, x), drawn)
+    error = float("inf") if found.ran_out else gi.metrics.relative_error(found.inputs, x)
+    return Verdicts(audit, found, None, error, drawn)
