@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +113,20 @@ def test_impossible_networks_are_refused(message: str, build: Callable[[], objec
         build()
     with pytest.raises(UnknownNameError, match="No activation 'swish'; there are relu, leaky_relu"):
         models.mlp((4, 3, 2), "swish")
+
+
+FIRST_CALLS = """
+import sys, torch, gradinv_edu as gi
+for name in ("cnn6", "lenet", "resnet", "norm_resnet", "vit"):
+    model, loss = getattr(gi.models, name)((1, 12, 12)), torch.nn.CrossEntropyLoss()
+    update = gi.observe(model, loss, torch.rand(1, 1, 12, 12), torch.tensor([0]))
+    gi.audit(model, (1, 12, 12), jacobian=False)
+gi.recover(model, update, (1, 12, 12), loss)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_no_first_call_loads_a_compiler() -> None:
+    """It takes some CPU seconds, and nothing is compiled."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
