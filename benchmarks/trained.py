@@ -156,7 +156,7 @@ def network(name: str, data: str, state: str) -> nn.Module:
     net = drawn(name, 32, dtype="float32")
     if state == "fresh":
         return net
-    file = Path(tempfile.gettempdir()) / "gradinv_edu" / f"{name}_{data}_{LEARNING}.pt"
+    file = Path(tempfile.gettempdir()) / "gradinv-edu" / f"{name}_{data}_{LEARNING}.pt"
     if file.exists():
         net.load_state_dict(torch.load(file))
         return net.eval()

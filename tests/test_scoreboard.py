@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 
+import gradinv_edu as gi
 from gradinv_edu import data, metrics, scoreboard
 from gradinv_edu.engine.attackers import ATTACKERS, Received
 from gradinv_edu.errors import (
@@ -300,6 +301,23 @@ def test_a_local_ray_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     finally:
         ray.shutdown()
     assert _without_seconds(found) == _without_seconds(_run(tmp_path / "alone.json"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_signs_that_fit_as_a_gradient_are_not_vouched_for(bias: bool) -> None:
+    """Trial 49 of the transformer: each row of signs is a sum of whole positions' signs."""
+    digits, source = scoreboard.load_data("mnist"), torch.Generator().manual_seed(1049)
+    model = scoreboard.NETS["vit"].make((1, 28, 28), source)
+    x, y = digits.test_x[49:50], digits.test_y[49:50]
+    if not bias:
+        model[0].conv.bias = None
+    sent = gi.observe(model, scoreboard.LOSS, x, y)
+    signs = gi.Update({name: g.sign() for name, g in sent.gradients.items()})
+    plain, found = (gi.recover(model, u, (1, 28, 28), scoreboard.LOSS) for u in (sent, signs))
+    assert plain.exact and not found.exact
+    near, far = (metrics.psnr(answer.inputs, x.double()) for answer in (plain, found))
+    assert far < 10 < 100 < near
+    assert found.layers[0].full_rank if bias else (found.mismatch or 0.0) > 0.5
 
 
 # --- reading it -------------------------------------------------------------------------------

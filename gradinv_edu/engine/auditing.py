@@ -384,7 +384,11 @@ class Auditing(Walk):
             rows = ScaledSystem(system).forward(asked.x)  # what is sent
             below = self._below(asked)
             solved = self.together(system, rows, found.deficiency, below, tolerance=tolerance)
-            if solved is not None:
+            doubt = asked.doubt
+            if solved is not None and doubt is not None and bool(doubt.units.any()):
+                # fitted by the equations that are to prove them: recover vouches for none
+                self.layers[place] = replace(found, unsettled=int(doubt.units.sum()))
+            elif solved is not None:
                 names = tuple(floor.name for floor in solved[0])
                 self.layers[place] = replace(found, together=names, settled=True)
                 for other, layer in enumerate(self.layers):

@@ -92,6 +92,10 @@ class PatchEmbedding:
         told = Truncated.of(K.T, 4 * eps)
         X = told.solve(G)
         residual = float((K.T @ X - G).norm() / G.norm().clamp_min(1e-300))
+        bias = gradients.get(f"{self.name}.bias")
+        if bias is not None:  # adds up k over the patches: a check, if no equation of the picture
+            gap = float((K.sum(0) - bias).norm() / K.norm())
+            residual = max(residual, gap / math.sqrt(len(K)))
         step = self.conv.kernel_size
         x = functional.fold(X.T[None], self.input_shape[1:], step, stride=step)
         values = told.values[: told.rank]

@@ -522,8 +522,9 @@ def _null_space(A: Tensor, factor: Tensor, shift: float, largest: float, missing
         basis = torch.randn(A.shape[1], width, generator=generator, dtype=A.dtype).to(A.device)
         for _ in range(3):
             basis, _ = torch.linalg.qr(torch.cholesky_solve(basis, factor) * shift)
-        _, seen, V = torch.linalg.svd(A @ basis, full_matrices=False)
+        _, seen, V = torch.linalg.svd(A @ basis, full_matrices=len(A) < width)
         open_ = seen < 10 * NULL * largest
+        open_ = torch.cat([open_, open_.new_ones(len(V) - len(open_))])  # beyond the rows: unseen
         if not bool(open_.all()) or width == A.shape[1]:
             orthonormal: Tensor = torch.linalg.qr(basis @ V.T[:, open_]).Q
             return orthonormal
