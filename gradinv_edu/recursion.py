@@ -14,10 +14,9 @@ from . import checks
 from .checks import checked
 from .engine import losses, patches
 from .engine.dense import closed_form
+from .engine.explained import draws, unexplained
 from .engine.explained import mismatch as mismatch_of
-from .engine.explained import unexplained
 from .engine.graph import Step, trace
-from .engine.layers import rule_of
 from .engine.polish import GradientAt, gradient_of
 from .engine.polish import polish as polish_answer
 from .engine.progress import bar, end_of, until
@@ -232,20 +231,12 @@ def _by_positions(
         targets = recover_labels(model, update, loss)
     consistent, accurate = TOLERANCES[dtype]
     determined = report.full_rank and report.residual <= consistent and report.error <= accurate
-    mismatch, again = None, targets is not None and update.local_steps == 1 and not _draws(model)
-    if embedding.conv.bias is None and again:  # whose gradient would have been the check
-        assert targets is not None
+    mismatch, told = None, update.local_steps == 1 and not draws(model)
+    if told and targets is not None and embedding.conv.bias is None:  # whose own would be the check
         own = observe(model, loss, x.to(embedding.conv.weight), targets)
         mismatch = mismatch_of(own.gradients, gradients)
     candidate = Candidate(x, targets, (report,), mismatch, determined)
     return Recovery((candidate,), determined and (mismatch or 0.0) <= 100 * consistent)
-
-
-def _draws(model: nn.Module) -> bool:
-    """Whether its gradient depends on random numbers, and cannot be computed again."""
-    attending = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
-    dropped = any(m.training and m.dropout > 0 for m in attending)
-    return dropped or any(rule_of(m).random for m in model.modules())
 
 
 class _Recursion:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..convolution import Conv, patches
 from .graph import Step
+from .layers import rule_of
 
-__all__ = ["mismatch", "unexplained"]
+__all__ = ["draws", "mismatch", "unexplained"]
 
 CHUNK = 2**20  # entries of a gradient that are compared at a time
 
@@ -49,6 +50,13 @@ def _seen_by(module: nn.Module, x: Tensor) -> Tensor | None:
     else:
         return None
     return seen if len(seen) < seen.shape[1] else None
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether its gradient depends on random numbers, and cannot be computed again."""
+    attending = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    dropped = any(m.training and m.dropout > 0 for m in attending)
+    return dropped or any(rule_of(m).random for m in model.modules())
 
 
 def mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
