@@ -33,6 +33,7 @@ from .sharing import Update, observe, without_weight_decay
 
 __all__ = ["Candidate", "LayerReport", "Recovery", "recover"]
 
+EXPLAINED = 100.0  # times the tolerance of a layer: the largest mismatch of a whole gradient
 TIES = 1e-9  # relative size of an entry, or of a difference, that is rounding alone
 
 
@@ -231,12 +232,12 @@ def _by_positions(
         targets = recover_labels(model, update, loss)
     consistent, accurate = TOLERANCES[dtype]
     determined = report.full_rank and report.residual <= consistent and report.error <= accurate
-    mismatch, told = None, update.local_steps == 1 and not draws(model)
-    if told and targets is not None and embedding.conv.bias is None:  # whose own would be the check
+    mismatch, unchecked = None, embedding.bias not in gradients and update.local_steps == 1
+    if unchecked and targets is not None and not draws(model):
         own = observe(model, loss, x.to(embedding.conv.weight), targets)
         mismatch = mismatch_of(own.gradients, gradients)
     candidate = Candidate(x, targets, (report,), mismatch, determined)
-    return Recovery((candidate,), determined and (mismatch or 0.0) <= 100 * consistent)
+    return Recovery((candidate,), determined and (mismatch or 0.0) <= EXPLAINED * consistent)
 
 
 class _Recursion:
@@ -311,7 +312,7 @@ class _Recursion:
     @property
     def _explains(self) -> float:
         """Largest mismatch of an answer that explains the update."""
-        return 100 * TOLERANCES[self.dtype][0]
+        return EXPLAINED * TOLERANCES[self.dtype][0]
 
     def so_far(self) -> Recovery:
         """What was found before the time ran out: nothing of it is vouched for."""

@@ -48,6 +48,11 @@ class PatchEmbedding:
     input_shape: Shape
 
     @property
+    def bias(self) -> str:
+        """Of the convolution's bias, where it has one; its gradient checks the answer."""
+        return f"{self.name}.bias"
+
+    @property
     def tokens(self) -> int:
         """Number of patches, T."""
         return len(self.rows)
@@ -92,7 +97,7 @@ class PatchEmbedding:
         told = Truncated.of(K.T, 4 * eps)
         X = told.solve(G)
         residual = float((K.T @ X - G).norm() / G.norm().clamp_min(1e-300))
-        bias = gradients.get(f"{self.name}.bias")
+        bias = gradients.get(self.bias)
         if bias is not None:  # adds up k over the patches: a check, if no equation of the picture
             gap = float((K.sum(0) - bias).norm() / K.norm())
             residual = max(residual, gap / math.sqrt(len(K)))

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from .krylov import LinearMap, Progress, Rows, cgls, squared_norm
 from .layers import Rule
-from .solve import ROUNDING, Operator, Solution, extreme_directions, least_squares, rank_test
+from .solve import (
+    ROUNDING,
+    Operator,
+    Solution,
+    Truncated,
+    extreme_directions,
+    least_squares,
+    rank_test,
+)
 
 __all__ = ["LARGEST", "Floor", "Segment", "solve", "spare_equations", "within_reach"]
 
@@ -522,11 +530,9 @@ def _null_space(A: Tensor, factor: Tensor, shift: float, largest: float, missing
         basis = torch.randn(A.shape[1], width, generator=generator, dtype=A.dtype).to(A.device)
         for _ in range(3):
             basis, _ = torch.linalg.qr(torch.cholesky_solve(basis, factor) * shift)
-        _, seen, V = torch.linalg.svd(A @ basis, full_matrices=len(A) < width)
-        open_ = seen < 10 * NULL * largest
-        open_ = torch.cat([open_, open_.new_ones(len(V) - len(open_))])  # beyond the rows: unseen
-        if not bool(open_.all()) or width == A.shape[1]:
-            orthonormal: Tensor = torch.linalg.qr(basis @ V.T[:, open_]).Q
+        found = Truncated.of(A @ basis, 10 * NULL, largest)
+        if found.rank > 0 or width == A.shape[1]:
+            orthonormal: Tensor = torch.linalg.qr(basis @ found.null.T).Q
             return orthonormal
         width = min(A.shape[1], 2 * width)
 

@@ -265,10 +265,8 @@ class Truncated:
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Least-squares answers of least norm, a column each."""
-        seen, r = self.U[:, : self.rank].T @ rhs, self.rank
-        answers: Tensor = self.Vh[:r].T @ (
-            seen / self.values[:r].reshape(-1, *[1] * (rhs.dim() - 1))
-        )
+        r = self.rank
+        answers: Tensor = (self.Vh[:r].T / self.values[:r]) @ (self.U[:, :r].T @ rhs)
         return answers
 
     def refined(self, M: Tensor, rhs: Tensor) -> Tensor:
